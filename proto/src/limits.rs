@@ -1,0 +1,89 @@
+//! Every limit of the system in one file. Sizes in bytes, times in milliseconds unless the name says otherwise.
+
+/// The longest file name.
+pub const NAME_MAX: usize = 255;
+/// The longest path and the longest symlink text.
+pub const PATH_MAX: usize = 4096;
+/// The longest extended attribute name.
+pub const XATTR_NAME_MAX: usize = 255;
+/// The longest extended attribute value.
+pub const XATTR_VALUE_MAX: usize = 64 << 10;
+/// The longest list of extended attribute names, zero bytes included.
+pub const XATTR_LIST_MAX: usize = 64 << 10;
+/// The most hard links an inode may have.
+pub const LINK_MAX: u32 = 65_000;
+/// The largest file size: what off_t holds.
+pub const FILE_SIZE_MAX: u64 = i64::MAX as u64;
+/// The most supplementary groups a credential carries (Linux: NGROUPS_MAX).
+pub const GROUPS_MAX: usize = 65_536;
+
+/// How long a chunk grows unless the cluster or a directory says otherwise.
+pub const CHUNK_SIZE_DEFAULT: u64 = 64 << 20;
+/// The smallest and largest chunk size that may be configured.
+pub const CHUNK_SIZE_MIN: u64 = 8;
+pub const CHUNK_SIZE_MAX: u64 = 4 << 30;
+/// The most replicas a chunk may have.
+pub const REPLICAS_MAX: u32 = 9;
+/// The unit of checksums within a record, counted from the record's beginning.
+pub const CHECKSUM_UNIT: usize = 16 << 10;
+/// The longest payload of one record, and of one read.
+pub const RECORD_MAX: usize = 1 << 20;
+/// The longest range one ReadRequest may name.
+pub const READ_MAX: usize = 1 << 20;
+
+/// The HTTP/2 frame that bulk messages fit into: a record and its header (the default 16 KiB doubles the CPU cost).
+pub const FRAME_SIZE: u32 = (1 << 20) + (64 << 10);
+/// The longest gRPC message either side accepts.
+pub const MESSAGE_MAX: usize = 8 << 20;
+/// HTTP/2 windows: one stream's and one connection's.
+pub const STREAM_WINDOW: u32 = 16 << 20;
+pub const CONNECTION_WINDOW: u32 = 64 << 20;
+
+/// The most requests packed into one frame of a session, and the most bytes they may take together.
+pub const FRAME_REQUESTS_MAX: usize = 1024;
+pub const FRAME_BYTES_MAX: usize = 2 << 20;
+/// The most requests a session may have unanswered; the client holds back beyond.
+pub const SESSION_WINDOW: usize = 4096;
+/// The most answers the master keeps for one session to answer a repeated mutation.
+pub const DEDUP_WINDOW: usize = 2 * SESSION_WINDOW;
+/// The most commands and bytes in one Raft entry.
+pub const BATCH_COMMANDS_MAX: usize = 4096;
+pub const BATCH_BYTES_MAX: usize = 4 << 20;
+/// The most entries in one directory page.
+pub const DIR_PAGE_MAX: u32 = 1024;
+/// The most slices in one layout answer and in one commit.
+pub const LAYOUT_SLICES_MAX: u32 = 4096;
+pub const COMMIT_SLICES_MAX: usize = 4096;
+/// The most chunks one allocation may ask for.
+pub const ALLOC_CHUNKS_MAX: u32 = 256;
+/// The most chunks one GetChunks may name.
+pub const GET_CHUNKS_MAX: usize = 1024;
+
+/// How long a session outlives its last keep-alive.
+pub const SESSION_TTL_MS: u64 = 20_000;
+/// How often a client says that it lives.
+pub const KEEP_ALIVE_MS: u64 = 2_000;
+/// How long an append may make no progress before the chunk is given up.
+pub const APPEND_PROGRESS_MS: u64 = 2_000;
+/// How often a chunk daemon reports; after how many milliseconds of silence it is suspect and dead.
+pub const HEARTBEAT_MS: u64 = 1_000;
+pub const NODE_SUSPECT_MS: u64 = 3_000;
+pub const NODE_DEAD_MS: u64 = 10_000;
+/// How long sealing waits for daemons that do not answer before it goes on without them.
+pub const SEAL_WAIT_MS: u64 = 2_000;
+/// How long one attempt to connect may take.
+pub const CONNECT_MS: u64 = 2_000;
+/// How long a client operation may wait for the cluster before it fails (setting; 0 waits for ever).
+pub const OPERATION_MS: u64 = 60_000;
+/// How long uncommitted bytes stay in a client at most before they are synced and committed.
+pub const WRITE_BEHIND_MS: u64 = 1_000;
+/// How long kernel and client may believe an attribute or a name while there are no leases.
+pub const ATTR_TTL_MS: u64 = 1_000;
+/// How long an access token is good.
+pub const TOKEN_TTL_MS: u64 = 3_600_000;
+
+/// The client's memory for bytes that are not committed yet, and for bytes read.
+pub const WRITE_MEMORY: u64 = 256 << 20;
+pub const READ_CACHE: u64 = 256 << 20;
+/// The most entries of the client's attribute and slice caches.
+pub const ATTR_CACHE_ENTRIES: usize = 200_000;
