@@ -6,6 +6,7 @@ pub mod ids;
 pub mod limits;
 pub mod time;
 pub mod token;
+pub mod units;
 
 pub use error::{FsError, FsResult};
 pub use ids::{ByteLen, ByteOffset, ChunkId, Epoch, InodeNo, NodeId, SessionId};
