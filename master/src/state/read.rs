@@ -1,0 +1,83 @@
+//! Direct looks at the state, for the server: the cluster's settings, sessions, nodes, chunks and orphans. Long tables are
+//! read in pages: pass the last number of a page to get the next one, 0 to begin.
+
+use super::keys::{self, tag};
+use super::kv::{Kv, Tx};
+use super::rows::{decode, number};
+use dfs_proto::v1::{self, Timestamp};
+use dfs_proto::{ChunkId, InodeNo, NodeId, SessionId};
+use std::io;
+
+/// The cluster's settings and counters; None before Init was applied.
+pub fn cluster_row(kv: &dyn Kv) -> io::Result<Option<v1::ClusterRow>> {
+    Tx::new(kv).row(&keys::cluster())
+}
+
+/// One session.
+pub fn session(kv: &dyn Kv, session: SessionId) -> io::Result<Option<v1::SessionRow>> {
+    Tx::new(kv).find_session(session)
+}
+
+/// Every session.
+pub fn sessions(kv: &dyn Kv) -> io::Result<Vec<(SessionId, v1::SessionRow)>> {
+    Tx::new(kv).collect(&keys::table(tag::SESSION), usize::MAX, |key, value| {
+        Ok((SessionId(number(key, 0)?), decode(key, value)?))
+    })
+}
+
+/// One chunk daemon.
+pub fn node(kv: &dyn Kv, node: NodeId) -> io::Result<Option<v1::NodeRow>> {
+    Tx::new(kv).find_node(node)
+}
+
+/// Every chunk daemon that ever registered.
+pub fn nodes(kv: &dyn Kv) -> io::Result<Vec<v1::NodeRow>> {
+    Tx::new(kv).collect(&keys::table(tag::NODE), usize::MAX, decode)
+}
+
+/// One chunk.
+pub fn chunk_state(kv: &dyn Kv, chunk: ChunkId) -> io::Result<Option<v1::ChunkState>> {
+    Tx::new(kv).find_chunk(chunk)
+}
+
+/// A page of all chunks above `after`.
+pub fn chunks(kv: &dyn Kv, after: ChunkId, limit: usize) -> io::Result<Vec<v1::ChunkState>> {
+    let range = (keys::chunk(ChunkId(after.get() + 1)), keys::table(tag::CHUNK).1);
+    Tx::new(kv).collect(&range, limit, decode)
+}
+
+/// The session's chunks that are not sealed.
+pub fn unsealed_chunks_of(kv: &dyn Kv, session: SessionId) -> io::Result<Vec<ChunkId>> {
+    Tx::new(kv).collect(&keys::unsealed_of(session), usize::MAX, |key, _| Ok(ChunkId(number(key, 1)?)))
+}
+
+/// Every chunk that is not sealed, with the session that appends or appended to it: what a new leader looks at.
+pub fn unsealed_chunks(kv: &dyn Kv) -> io::Result<Vec<(SessionId, ChunkId)>> {
+    Tx::new(kv).collect(&keys::table(tag::UNSEALED), usize::MAX, |key, _| {
+        Ok((SessionId(number(key, 0)?), ChunkId(number(key, 1)?)))
+    })
+}
+
+/// A page of the sealed chunks above `after` without live bytes, and since when: what DropChunks may name after a grace.
+pub fn idle_chunks(kv: &dyn Kv, after: ChunkId, limit: usize) -> io::Result<Vec<(ChunkId, Timestamp)>> {
+    let range = (keys::idle(ChunkId(after.get() + 1)), keys::table(tag::IDLE).1);
+    Tx::new(kv).collect(&range, limit, |key, value| Ok((ChunkId(number(key, 0)?), decode(key, value)?)))
+}
+
+/// A page of the chunks above `after` of which the node holds a replica.
+pub fn chunks_on(kv: &dyn Kv, node: NodeId, after: ChunkId, limit: usize) -> io::Result<Vec<ChunkId>> {
+    let end = keys::after(&keys::replica(node, ChunkId(u64::MAX)));
+    let range = (keys::replica(node, ChunkId(after.get() + 1)), end);
+    Tx::new(kv).collect(&range, limit, |key, _| Ok(ChunkId(number(key, 1)?)))
+}
+
+/// A page of the inodes above `after` that have no name: what Reap may name once nobody holds them open.
+pub fn orphans(kv: &dyn Kv, after: InodeNo, limit: usize) -> io::Result<Vec<InodeNo>> {
+    let range = (keys::orphan(InodeNo(after.get() + 1)), keys::table(tag::ORPHAN).1);
+    Tx::new(kv).collect(&range, limit, |key, _| Ok(InodeNo(number(key, 0)?)))
+}
+
+/// An inode's attributes, without any check.
+pub fn attr(kv: &dyn Kv, ino: InodeNo) -> io::Result<Option<v1::Attr>> {
+    Ok(Tx::new(kv).find_inode(ino)?.map(|inode| inode.attr))
+}
