@@ -42,6 +42,12 @@ pub trait Disk: Send + Sync + 'static {
     /// Space around a path.
     fn space(&self, path: &Path) -> io::Result<Space>;
 
+    /// Keeps every other process from locking this path until the answer is dropped; `WouldBlock` when one has. A disk
+    /// that only one process sees has nothing to do.
+    fn lock(&self, _path: &Path) -> io::Result<Box<dyn std::any::Any + Send + Sync>> {
+        Ok(Box::new(()))
+    }
+
     /// A whole file. `NotFound` when it is not there.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         let file = self.open(path, OpenMode::Read)?;
@@ -149,6 +155,15 @@ impl Disk for RealDisk {
         let stat = unsafe { stat.assume_init() };
         Ok(Space { total_bytes: stat.f_blocks * stat.f_frsize, free_bytes: stat.f_bavail * stat.f_frsize })
     }
+
+    fn lock(&self, path: &Path) -> io::Result<Box<dyn std::any::Any + Send + Sync>> {
+        let file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Box::new(file)),
+            Err(fs::TryLockError::WouldBlock) => Err(io::ErrorKind::WouldBlock.into()),
+            Err(fs::TryLockError::Error(error)) => Err(error),
+        }
+    }
 }
 
 struct RealFile(fs::File);
@@ -209,6 +224,17 @@ impl DiskFile for RealFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_is_locked_once_and_free_again_when_the_lock_is_dropped() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("LOCK");
+        let held = RealDisk.lock(&path).expect("free");
+        let refused = RealDisk.lock(&path).map(|_| ()).expect_err("held");
+        assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
+        drop(held);
+        RealDisk.lock(&path).expect("free again");
+    }
 
     #[test]
     fn vectored_writes_land_one_after_the_other_and_replace_is_whole() {

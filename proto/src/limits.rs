@@ -87,3 +87,29 @@ pub const WRITE_MEMORY: u64 = 256 << 20;
 pub const READ_CACHE: u64 = 256 << 20;
 /// The most entries of the client's attribute and slice caches.
 pub const ATTR_CACHE_ENTRIES: usize = 200_000;
+
+/// A chunk daemon: the most requests one append stream and one read stream may have unanswered.
+pub const APPEND_STREAM_REQUESTS: usize = 256;
+pub const READ_STREAM_REQUESTS: usize = 64;
+/// The most payload bytes it holds for appends of clients, as much again for appends that other daemons forward (these
+/// wait for nobody, so two full daemons never wait for each other), and for answers to reads.
+pub const APPEND_MEMORY: usize = 256 << 20;
+pub const READ_MEMORY: usize = 256 << 20;
+/// The most records and bytes it writes at once, and up to how many bytes it writes without leaving the runtime.
+pub const WRITE_BATCH_RECORDS: usize = 64;
+pub const WRITE_BATCH_BYTES: usize = 4 << 20;
+pub const WRITE_INLINE_BYTES: usize = 64 << 10;
+/// How many fdatasyncs it runs at once, and how many unsynced bytes of a chunk start one before anybody asks.
+pub const SYNCS_AT_ONCE: usize = 16;
+pub const UNSYNCED_BYTES: u64 = 8 << 20;
+/// Sealed chunk files kept open, and entries of their indexes kept in memory (24 bytes each).
+pub const OPEN_FILES: usize = 1024;
+pub const INDEX_ENTRIES: usize = 1 << 20;
+/// The most records one forwarding stream may have unanswered; after how long without any answer it is given up
+/// (a little before the client gives up, so that the answer can name the culprit); how long one stays open unused.
+pub const FORWARD_REQUESTS: usize = 1024;
+pub const FORWARD_PROGRESS_MS: u64 = APPEND_PROGRESS_MS * 9 / 10;
+pub const FORWARD_IDLE_MS: u64 = 60_000;
+/// The most chunks in one report and orders carried out at once.
+pub const REPORT_CHUNKS: usize = 4096;
+pub const ORDERS_AT_ONCE: usize = 64;
