@@ -1,0 +1,222 @@
+//! All chunks of a daemon: appended to, read, fenced, sealed and deleted by number.
+
+pub mod cache;
+pub mod dirs;
+pub mod durable;
+pub mod file;
+pub mod format;
+pub mod queue;
+pub mod read;
+pub mod recovery;
+
+use crate::lock;
+use dfs_env::Env;
+use dfs_proto::error::ErrorCode;
+use dfs_proto::limits::SYNCS_AT_ONCE;
+use dfs_proto::{ChunkId, FsError, FsResult, v1};
+use dirs::{DataDir, Dirs, chunk_of};
+use durable::Held;
+use file::{Chunk, NewRecord, Settled};
+use queue::{ChunkOrder, Job};
+use read::Piece;
+use recovery::{Found, Opened};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex};
+use tokio::sync::{Semaphore, oneshot};
+
+/// What all chunks of a daemon have in common.
+pub struct Shared {
+    pub(crate) env: Env,
+    /// The cluster's id as file headers carry it.
+    cluster: [u8; 16],
+    pub(crate) dirs: Dirs,
+    cache: cache::Cache,
+    /// Bounds the fdatasyncs that run at once.
+    syncs: Semaphore,
+    /// Every chunk with a file, and those whose first job waits. Locked before anything of a chunk.
+    chunks: Mutex<HashMap<ChunkId, Arc<Chunk>>>,
+}
+
+/// The chunks of a daemon. Cheap to clone.
+#[derive(Clone)]
+pub struct Store(pub(crate) Arc<Shared>);
+
+/// The cluster's id as file headers carry it.
+#[must_use]
+pub fn cluster_bytes(cluster_id: &str) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    let length = cluster_id.len().min(16);
+    bytes[..length].copy_from_slice(&cluster_id.as_bytes()[..length]);
+    bytes
+}
+
+impl Store {
+    /// Opens all chunk files of all directories. A directory that cannot be read is out of use, the others go on.
+    pub async fn open(env: Env, dirs: Dirs, cluster_id: &str) -> Self {
+        let shared = Arc::new(Shared {
+            env: env.clone(),
+            cluster: cluster_bytes(cluster_id),
+            dirs,
+            cache: cache::Cache::default(),
+            syncs: Semaphore::new(SYNCS_AT_ONCE),
+            chunks: Mutex::default(),
+        });
+        let store = Self(shared);
+        let scans = store.0.dirs.all.iter().filter(|dir| dir.failure().is_none()).map(|dir| {
+            let (shared, dir) = (Arc::clone(&store.0), Arc::clone(dir));
+            let env = env.clone();
+            async move {
+                let scanned = Arc::clone(&dir);
+                let result = env.blocking(move || shared.scan(&scanned)).await;
+                if let Err(error) = result {
+                    dir.fail(&FsError::from(error).during("reading the directory"));
+                }
+            }
+        });
+        futures::future::join_all(scans).await;
+        let shared = Arc::clone(&store.0);
+        let refreshed = env.blocking(move || {
+            shared.dirs.refresh();
+            Ok(())
+        });
+        if let Err(error) = refreshed.await {
+            tracing::error!(%error, "the space of the data directories is unknown");
+        }
+        store
+    }
+
+    fn known(&self, id: ChunkId) -> Option<Arc<Chunk>> {
+        lock(&self.0.chunks).get(&id).cloned()
+    }
+
+    /// Appends a record after everything asked for this chunk before. The order is that of the calls, not of the
+    /// answers. `sync`: answered when everything up to the record's end is on disk.
+    pub fn append(
+        &self,
+        id: ChunkId,
+        record: NewRecord,
+        sync: bool,
+    ) -> impl Future<Output = FsResult<Held>> + Send + use<> {
+        let (done, answer) = oneshot::channel();
+        self.0.submit(id, Job::Append { record, sync, done });
+        async move { answer.await.unwrap_or_else(|_| Err(unanswered(id))) }
+    }
+
+    /// How much has been done on a chunk: it changes while somebody who waits is not stuck.
+    #[must_use]
+    pub fn progress(&self, id: ChunkId) -> u64 {
+        self.known(id).map_or(0, |chunk| chunk.progress.load(std::sync::atomic::Ordering::Relaxed))
+    }
+
+    /// Carries out an order of the master.
+    ///
+    /// # Errors
+    /// See [`Chunk::fence`], [`Chunk::seal`] and [`Chunk::delete`].
+    pub async fn order(&self, id: ChunkId, order: ChunkOrder) -> FsResult<Settled> {
+        let (done, answer) = oneshot::channel();
+        self.0.submit(id, Job::Order { order, done });
+        answer.await.unwrap_or_else(|_| Err(unanswered(id)))
+    }
+
+    /// Reads whole units that cover a range.
+    ///
+    /// # Errors
+    /// See [`Chunk::read`].
+    pub async fn read(&self, id: ChunkId, offset: u64, length: usize) -> FsResult<Piece> {
+        let chunk = self.known(id).ok_or_else(|| {
+            FsError::new(ErrorCode::ErrorNoChunk, format!("chunk {id}: there is no such chunk here"))
+        })?;
+        self.0.env.blocking(move || Ok(chunk.read(offset, length))).await?
+    }
+
+    /// How far a chunk's bytes have come; nothing when it is not here.
+    #[must_use]
+    pub fn held(&self, id: ChunkId) -> Option<Held> {
+        self.known(id).and_then(|chunk| chunk.report().map(|_| chunk.held()))
+    }
+
+    /// Every chunk that has a file, by number.
+    #[must_use]
+    pub fn report(&self) -> Vec<v1::ChunkFound> {
+        let chunks: Vec<_> = lock(&self.0.chunks).values().cloned().collect();
+        let mut found: Vec<_> = chunks.iter().filter_map(|chunk| chunk.report()).collect();
+        found.sort_by_key(|found| found.chunk);
+        found
+    }
+
+    /// How many chunks are known.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        lock(&self.0.chunks).len() as u64
+    }
+
+    /// Makes everything durable that was written: a clean stop.
+    pub async fn sync_all(&self) {
+        let chunks: Vec<_> = lock(&self.0.chunks).values().cloned().collect();
+        for chunk in chunks {
+            let held = chunk.held();
+            if held.synced < held.length {
+                let syncing = Arc::clone(&chunk);
+                let result = self.0.env.blocking(move || Ok(syncing.sync())).await;
+                if let Err(error) = result.map_err(FsError::from).and_then(std::convert::identity) {
+                    tracing::warn!(chunk = %chunk.id, %error, "not synced at the stop");
+                }
+            }
+        }
+    }
+}
+
+fn unanswered(id: ChunkId) -> FsError {
+    FsError::new(ErrorCode::ErrorIo, format!("chunk {id}: the operation was given up"))
+}
+
+impl Shared {
+    /// Opens every chunk file of a directory. Blocks.
+    fn scan(self: &Arc<Self>, dir: &Arc<DataDir>) -> std::io::Result<()> {
+        for byte in 0..=255_u8 {
+            let folder = dir.path.join("chunks").join(format!("{byte:02x}"));
+            for path in self.env.disk.list(&folder)? {
+                let Some(id) = chunk_of(&path).filter(|id| dir.chunk_path(*id) == path) else {
+                    tracing::warn!(path = %path.display(), "this is no chunk file; left alone");
+                    continue;
+                };
+                match recovery::open(&*self.env.disk, &path, id, self.cluster) {
+                    Ok(Opened::Chunk(found)) => self.add_found(dir, id, found),
+                    Ok(Opened::Nothing) => {
+                        tracing::info!(chunk = %id, "a chunk file that was never completed has been removed");
+                    }
+                    Ok(Opened::Foreign(why)) => {
+                        tracing::error!(path = %path.display(), why, "this chunk file is not used; left alone");
+                    }
+                    Err(error) => {
+                        tracing::error!(path = %path.display(), %error, "this chunk file cannot be read");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn add_found(self: &Arc<Self>, dir: &Arc<DataDir>, id: ChunkId, found: Found) {
+        if let Some(remark) = &found.remark {
+            tracing::warn!(chunk = %id, dir = %dir.path.display(), "{remark}");
+        }
+        match lock(&self.chunks).entry(id) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(Arc::new(Chunk::found(id, Arc::clone(self), Arc::clone(dir), found)));
+            }
+            // A chunk is placed once; a second file was copied here by hand. The one with more bytes is the safer one.
+            Entry::Occupied(mut there) => {
+                tracing::error!(chunk = %id, dir = %dir.path.display(), "this chunk is in two directories; the longer file is used");
+                if there.get().held().length < found.length {
+                    let chunk = Chunk::found(id, Arc::clone(self), Arc::clone(dir), found);
+                    there.insert(Arc::new(chunk));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
