@@ -59,6 +59,10 @@ pub const ALLOC_CHUNKS_MAX: u32 = 256;
 /// The most chunks one GetChunks may name.
 pub const GET_CHUNKS_MAX: usize = 1024;
 
+/// The most slices and attributes that one command frees of orphans, and the most items of lists in commands that have
+/// no limit of their own.
+pub const REAP_ROWS_MAX: usize = 4096;
+
 /// How long a session outlives its last keep-alive.
 pub const SESSION_TTL_MS: u64 = 20_000;
 /// How often a client says that it lives.

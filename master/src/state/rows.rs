@@ -137,6 +137,31 @@ impl Tx<'_> {
         self.row(&keys::session(session))
     }
 
+    /// The whole value of an xattr.
+    pub fn xattr(&self, ino: InodeNo, name: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        let parts = self.collect(&keys::xattr_parts(ino, name), usize::MAX, |_, value| Ok(value.to_vec()))?;
+        Ok((!parts.is_empty()).then(|| parts.concat()))
+    }
+
+    pub fn put_xattr(&mut self, ino: InodeNo, name: &[u8], value: &[u8]) -> io::Result<()> {
+        self.delete_xattr(ino, name)?;
+        self.put(keys::xattr(ino, name, 0), value[..value.len().min(keys::XATTR_PART)].to_vec());
+        for (part, bytes) in (0..).zip(value.chunks(keys::XATTR_PART)).skip(1) {
+            self.put(keys::xattr(ino, name, part), bytes.to_vec());
+        }
+        Ok(())
+    }
+
+    /// Deletes an xattr; answers whether there was one.
+    pub fn delete_xattr(&mut self, ino: InodeNo, name: &[u8]) -> io::Result<bool> {
+        let old = self.collect(&keys::xattr_parts(ino, name), usize::MAX, |key, _| Ok(key.to_vec()))?;
+        let found = !old.is_empty();
+        for key in old {
+            self.delete(key);
+        }
+        Ok(found)
+    }
+
     pub fn find_node(&self, node: NodeId) -> io::Result<Option<v1::NodeRow>> {
         self.row(&keys::node(node))
     }

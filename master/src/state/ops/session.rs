@@ -1,0 +1,100 @@
+//! The cluster's first command, sessions and chunk daemons.
+
+use super::State;
+use super::create::GENERATION;
+use crate::state::keys;
+use crate::state::rows::{Inode, OpResult, number};
+use bytes::Bytes;
+use dfs_proto::limits::{CHUNK_SIZE_MAX, CHUNK_SIZE_MIN, REPLICAS_MAX};
+use dfs_proto::v1::{self, Attr, ErrorCode, Kind, Timestamp, system_answer::Body};
+use dfs_proto::{ByteLen, FsError, InodeNo, NodeId, SessionId};
+
+/// The settings of a new cluster, as they were in its first command.
+pub fn first_cluster_row(op: &v1::Init, now: Timestamp) -> Result<v1::ClusterRow, FsError> {
+    let in_range = op.hash_key.len() == 16
+        && (1..=REPLICAS_MAX).contains(&op.replicas)
+        && (CHUNK_SIZE_MIN..=CHUNK_SIZE_MAX).contains(&op.chunk_size);
+    if !in_range {
+        return Err(FsError::new(ErrorCode::ErrorInvalid, "hash key, replicas or chunk size out of range"));
+    }
+    Ok(v1::ClusterRow {
+        format: keys::FORMAT,
+        hash_key: op.hash_key.clone(),
+        replicas: op.replicas,
+        chunk_size: op.chunk_size,
+        now: Some(now),
+        next_ino: InodeNo::ROOT.get() + 1,
+        next_chunk: 1,
+        next_session: 1,
+        files: 1,
+        live_bytes: 0,
+        chunks: 0,
+    })
+}
+
+/// Makes the root directory of a new cluster.
+pub fn init(s: &mut State<'_>) {
+    let now = Some(s.now);
+    let attr = Attr {
+        ino: InodeNo::ROOT.get(),
+        generation: GENERATION,
+        kind: Kind::Dir.into(),
+        mode: 0o755,
+        nlink: 2,
+        atime: now,
+        mtime: now,
+        ctime: now,
+        btime: now,
+        version: 1,
+        parent: InodeNo::ROOT.get(),
+        ..Default::default()
+    };
+    s.tx.put_inode(&Inode {
+        attr,
+        target: Bytes::new(),
+        has_acl: false,
+        has_default_acl: false,
+        mapped: ByteLen(0),
+        has_capability: false,
+    });
+}
+
+pub fn open(s: &mut State<'_>, op: &v1::OpenSession) -> Body {
+    let session = SessionId(s.cluster.next_session);
+    s.cluster.next_session += 1;
+    let row = v1::SessionRow {
+        nonce: op.nonce,
+        client: op.client.clone(),
+        host: op.host.clone(),
+        opened: Some(s.now),
+        lowest_unanswered: 0,
+    };
+    s.tx.put_row(keys::session(session), &row);
+    Body::Session(session.get())
+}
+
+/// Ends a session and forgets its answers. Its chunks are listed: they are to be fenced and sealed. Repeating it lists
+/// those that still are not sealed.
+pub fn close(s: &mut State<'_>, op: &v1::CloseSession) -> OpResult<Body> {
+    let session = SessionId(op.target);
+    s.tx.delete(keys::session(session));
+    for key in s.tx.collect(&keys::answers_of(session), usize::MAX, |key, _| Ok(key.to_vec()))? {
+        s.tx.delete(key);
+    }
+    let chunks = s.tx.collect(&keys::unsealed_of(session), usize::MAX, |key, _| number(key, 1))?;
+    Ok(Body::Chunks(v1::ChunkList { chunks }))
+}
+
+pub fn register_node(s: &mut State<'_>, op: &v1::RegisterNode) -> OpResult<Body> {
+    if op.node == 0 || op.address.is_empty() {
+        return Err(FsError::new(ErrorCode::ErrorInvalid, "a chunk daemon without number or address").into());
+    }
+    let row = v1::NodeRow {
+        node: op.node,
+        address: op.address.clone(),
+        host: op.host.clone(),
+        rack: op.rack.clone(),
+    };
+    s.tx.put_row(keys::node(NodeId(op.node)), &row);
+    Ok(Body::Empty(v1::Empty {}))
+}
