@@ -1,0 +1,436 @@
+//! The session with the cluster: one long-lived stream to the leading master, for all calls of this client.
+//!
+//! A call puts its request where the stream picks it up ([`requests::State`]), wakes the stream and waits for its answer.
+//! [`link`] keeps the stream alive, [`route`] knows which master to try next. A lost stream, a lost leader, a restarted
+//! cluster are pauses: requests are kept and sent again until the operation time-out.
+//!
+//! When the master has closed the session because it was silent for too long, a new one is opened and
+//! [`Master::session_changed`] tells. Then locks are lost (a warning is logged), files stay open, and changes that were
+//! sent but not answered fail with ErrorIo, for nobody can know whether they were made (commits excepted: those are
+//! fenced and repeated by the data plane).
+
+mod held;
+mod link;
+mod requests;
+mod route;
+
+use crate::{ClientConfig, Defaults, Master, settings};
+use async_trait::async_trait;
+use dfs_env::Env;
+use dfs_proto::v1::{self, Cred, ErrorCode, Hello, Reply, Timestamp, Welcome, answer, hold, request};
+use dfs_proto::{FsError, FsResult, InodeNo, SessionId, limits};
+use requests::{Answered, Outcome, State};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::time::{Instant, timeout};
+
+/// How often requests whose time is up are looked for.
+const SWEEP: Duration = Duration::from_millis(200);
+
+/// A session. Dropping it ends the connection; the master expires the session later. See [`Session::goodbye`].
+pub struct Session {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    env: Env,
+    masters: Vec<String>,
+    name: String,
+    host: String,
+    operation_timeout: Option<Duration>,
+    state: Mutex<State>,
+    /// One place for each request that is not answered; closed when the session is broken.
+    window: Semaphore,
+    /// The master's time and this machine's boot clock at one moment.
+    time: Mutex<(Timestamp, Duration)>,
+    session: watch::Sender<SessionId>,
+    closed: watch::Sender<bool>,
+    /// The run task has ended.
+    finished: watch::Sender<bool>,
+}
+
+impl Session {
+    /// Connects to the leader among the masters.
+    ///
+    /// # Errors
+    /// After `connect_timeout`, with the addresses tried and the causes; sooner when every master that answers refuses
+    /// for good, and at once when no master is configured.
+    pub async fn connect(env: Env, config: &ClientConfig) -> FsResult<Arc<Self>> {
+        if config.masters.is_empty() {
+            return Err(FsError::new(ErrorCode::ErrorInvalid, "no masters are configured"));
+        }
+        let host = if config.host.is_empty() { settings::host_name() } else { config.host.clone() };
+        let shared = Arc::new(Shared {
+            masters: config.masters.clone(),
+            name: config.name.clone(),
+            host,
+            operation_timeout: config.operation_timeout,
+            state: Mutex::new(State::new(env.random(), config.cluster_id.clone())),
+            window: Semaphore::new(limits::SESSION_WINDOW),
+            time: Mutex::new((Timestamp::from_system(env.clock.system()), env.clock.boot())),
+            session: watch::Sender::new(SessionId(0)),
+            closed: watch::Sender::new(false),
+            finished: watch::Sender::new(false),
+            env,
+        });
+        tokio::spawn(link::run(Arc::clone(&shared)));
+        tokio::spawn(sweep(Arc::downgrade(&shared)));
+        // From here dropping the session stops both tasks.
+        let session = Arc::new(Self { shared: Arc::clone(&shared) });
+        let mut connected = shared.session.subscribe();
+        let mut finished = shared.finished.subscribe();
+        let waiting = async {
+            tokio::select! {
+                _ = connected.wait_for(|session| session.get() != 0) => Ok(()),
+                _ = finished.wait_for(|finished| *finished) => Err(()),
+            }
+        };
+        match timeout(config.connect_timeout, waiting).await {
+            Ok(Ok(())) => Ok(session),
+            Ok(Err(())) => Err(shared.broken().unwrap_or_else(|| ErrorCode::ErrorUnavailable.into())),
+            Err(_) => Err(FsError::new(
+                ErrorCode::ErrorTimedOut,
+                format!(
+                    "no master took the session within {:?}: {}",
+                    config.connect_timeout,
+                    shared.state().cause
+                ),
+            )),
+        }
+    }
+
+    /// Ends the session cleanly: its locks and opens are given up at once. Later calls fail.
+    pub async fn goodbye(&self, bound: Duration) {
+        let mut finished = self.shared.finished.subscribe();
+        let connected = {
+            let mut state = self.shared.state();
+            state.say_goodbye();
+            state.welcomed
+        };
+        self.shared.wake();
+        if connected && timeout(bound, finished.wait_for(|finished| *finished)).await.is_err() {
+            tracing::debug!("the master did not end the session in time; it will expire");
+        }
+        self.shared.break_down(&FsError::new(ErrorCode::ErrorIo, "the client was shut down"));
+    }
+
+    /// The cluster's name.
+    #[must_use]
+    pub fn cluster_id(&self) -> String {
+        self.shared.state().cluster_id.clone()
+    }
+
+    /// The master that the session was last connected to.
+    #[must_use]
+    pub fn leader(&self) -> String {
+        self.shared.state().leader.clone()
+    }
+
+    /// Whether an owner has locks on an inode, or an answer that is on its way may give him some.
+    #[must_use]
+    pub fn has_locks(&self, ino: InodeNo, owner: u64) -> bool {
+        self.shared.state().may_have_locks(ino.get(), owner)
+    }
+
+    /// Sends an ephemeral operation without waiting for its answer.
+    ///
+    /// # Errors
+    /// When the session is broken, or no place in its window became free within the operation time-out.
+    pub async fn hold_later(&self, cred: &Cred, hold: hold::Op) -> FsResult<()> {
+        let op = request::Op::Hold(v1::Hold { op: Some(hold) });
+        self.shared.enter(None).await?;
+        // It stays until it is answered: a close that is given up would keep the file for ever.
+        self.shared.submit(cred, op, None, None).map(drop)
+    }
+
+    async fn call(&self, cred: &Cred, op: request::Op) -> FsResult<answer::Body> {
+        let shared = &self.shared;
+        let waits =
+            matches!(&op, request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(lock)) }) if lock.wait);
+        let deadline = shared.operation_timeout.map(|bound| Instant::now() + bound);
+        shared.enter(deadline).await?;
+        let (reply, answer) = oneshot::channel();
+        let seq = shared.submit(cred, op, Some(reply), deadline.filter(|_| !waits))?;
+        // A waiting lock is not bounded in time; who drops the future takes it back.
+        let mut cancel = waits.then(|| Cancel { shared, seq: Some(seq) });
+        let answer = answer.await;
+        if let Some(cancel) = &mut cancel {
+            cancel.seq = None;
+        }
+        answer.unwrap_or_else(|_| Err(shared.broken().unwrap_or_else(|| ErrorCode::ErrorUnavailable.into())))
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.shared.break_down(&FsError::new(ErrorCode::ErrorIo, "the client was shut down"));
+    }
+}
+
+#[async_trait]
+impl Master for Session {
+    async fn mutate(&self, cred: &Cred, change: v1::mutation::Op) -> FsResult<answer::Body> {
+        self.call(cred, request::Op::Mutation(v1::Mutation { op: Some(change) })).await
+    }
+
+    async fn query(&self, cred: &Cred, question: v1::query::Op) -> FsResult<answer::Body> {
+        self.call(cred, request::Op::Query(v1::Query { op: Some(question) })).await
+    }
+
+    async fn hold(&self, cred: &Cred, hold: hold::Op) -> FsResult<answer::Body> {
+        self.call(cred, request::Op::Hold(v1::Hold { op: Some(hold) })).await
+    }
+
+    fn now(&self) -> Timestamp {
+        // The boot clock: somebody setting this machine's clock must not move the times of files.
+        passed(*lock(&self.shared.time), self.shared.env.clock.boot())
+    }
+
+    fn session(&self) -> SessionId {
+        *self.shared.session.borrow()
+    }
+
+    fn defaults(&self) -> Defaults {
+        let state = self.shared.state();
+        Defaults { replicas: state.replicas, chunk_size: state.chunk_size }
+    }
+
+    fn session_changed(&self) -> watch::Receiver<SessionId> {
+        self.shared.session.subscribe()
+    }
+}
+
+/// Takes a waiting lock back when its future is dropped.
+struct Cancel<'a> {
+    shared: &'a Shared,
+    seq: Option<u64>,
+}
+
+impl Drop for Cancel<'_> {
+    fn drop(&mut self) {
+        if let Some(seq) = self.seq {
+            let mut freed = 0;
+            self.shared.state().cancel(seq, &mut freed);
+            self.shared.window.add_permits(freed);
+            self.shared.wake();
+        }
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    fn broken(&self) -> Option<FsError> {
+        self.state().broken.clone()
+    }
+
+    /// Takes a place in the window.
+    async fn enter(&self, deadline: Option<Instant>) -> FsResult<()> {
+        if let Ok(permit) = self.window.try_acquire() {
+            permit.forget();
+            return Ok(());
+        }
+        let deadline = deadline.or_else(|| self.operation_timeout.map(|bound| Instant::now() + bound));
+        let acquired = match deadline {
+            Some(deadline) => tokio::time::timeout_at(deadline, self.window.acquire()).await,
+            None => Ok(self.window.acquire().await),
+        };
+        match acquired {
+            Ok(Ok(permit)) => {
+                permit.forget();
+                Ok(())
+            }
+            Ok(Err(_)) => Err(self.broken().unwrap_or_else(|| ErrorCode::ErrorUnavailable.into())),
+            Err(_) => Err(FsError::new(
+                ErrorCode::ErrorTimedOut,
+                format!("{}: {}", self.bound(), self.state().cause),
+            )),
+        }
+    }
+
+    /// Hands a request that has its place in the window to the stream.
+    fn submit(
+        &self,
+        cred: &Cred,
+        op: request::Op,
+        reply: Option<Answered>,
+        deadline: Option<Instant>,
+    ) -> FsResult<u64> {
+        let (seq, waker) = {
+            let mut state = self.state();
+            if let Some(error) = &state.broken {
+                return Err(error.clone());
+            }
+            (state.submit(cred, op, reply, deadline, true), state.waker.take())
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        Ok(seq)
+    }
+
+    fn wake(&self) {
+        let waker = {
+            let mut state = self.state();
+            if state.has_work() { state.waker.take() } else { None }
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    fn bound(&self) -> String {
+        match self.operation_timeout {
+            Some(bound) => format!("the cluster did not answer within {bound:?}"),
+            None => "the cluster did not answer".to_owned(),
+        }
+    }
+
+    fn hello(&self) -> (u64, Hello) {
+        let mut state = self.state();
+        let hello = state.hello(&self.name, &self.host);
+        (state.stream, hello)
+    }
+
+    /// The session is connected.
+    fn take_welcome(&self, address: &str, welcome: &Welcome) -> FsResult<()> {
+        let mut freed = 0;
+        {
+            let mut state = self.state();
+            if !state.cluster_id.is_empty() && state.cluster_id != welcome.cluster_id {
+                let text = format!("it belongs to cluster {}, not {}", welcome.cluster_id, state.cluster_id);
+                return Err(FsError::new(ErrorCode::ErrorWrongCluster, text));
+            }
+            if welcome.session == 0 {
+                return Err(FsError::new(ErrorCode::ErrorIo, "its welcome names no session"));
+            }
+            if state.session != 0 && state.session != welcome.session {
+                // Another session than the one that was asked for: that one is gone.
+                return Err(ErrorCode::ErrorSessionExpired.into());
+            }
+            address.clone_into(&mut state.leader);
+            state.welcome(welcome, &mut freed);
+        }
+        if let Some(now) = welcome.now {
+            self.set_time(now);
+        }
+        self.window.add_permits(freed);
+        self.session.send_if_modified(|session| {
+            let changed = session.get() != welcome.session;
+            *session = SessionId(welcome.session);
+            changed
+        });
+        self.wake();
+        Ok(())
+    }
+
+    /// The master's time; never back before what was handed out already.
+    fn set_time(&self, now: Timestamp) {
+        let connected = self.session.borrow().get() != 0;
+        let boot = self.env.clock.boot();
+        let mut time = lock(&self.time);
+        let ours = passed(*time, boot);
+        let ahead = connected && ours.key() > now.key();
+        *time = (if ahead { ours } else { now }, boot);
+    }
+
+    /// Hands out answers. True: the master no longer leads.
+    fn answered(&self, replies: Vec<Reply>) -> bool {
+        if replies.is_empty() {
+            return false;
+        }
+        let outcome = self.state().answered(replies);
+        let not_leader = outcome.not_leader;
+        self.settle(outcome);
+        not_leader
+    }
+
+    fn expired(&self) {
+        let outcome = self.state().expired(self.env.random());
+        self.settle(outcome);
+    }
+
+    fn disconnected(&self, cause: String) {
+        let mut state = self.state();
+        state.welcomed = false;
+        state.stream += 1;
+        state.cause = cause;
+        // The old stream ends itself as soon as it is looked at.
+        let waker = state.waker.take();
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    fn keep_alive(&self) {
+        self.state().want_keep_alive();
+        self.wake();
+    }
+
+    fn goodbye_sent(&self) -> bool {
+        self.state().goodbye_sent()
+    }
+
+    /// Nothing works any more, for good.
+    fn break_down(&self, error: &FsError) {
+        let outcome = self.state().fail_all(error);
+        self.settle(outcome);
+        self.window.close();
+        self.closed.send_replace(true);
+        self.finish();
+    }
+
+    fn finish(&self) {
+        self.finished.send_replace(true);
+    }
+
+    fn settle(&self, outcome: Outcome) {
+        self.window.add_permits(outcome.freed);
+        for completion in outcome.completions {
+            // Nobody there any more: what matters of that was seen to under the lock.
+            drop(completion.reply.send(completion.result));
+        }
+        // The answers may have led to requests of the session's own.
+        self.wake();
+    }
+}
+
+/// The time now, from a time known at an earlier moment of the boot clock.
+fn passed((then, at): (Timestamp, Duration), boot: Duration) -> Timestamp {
+    let passed = boot.saturating_sub(at);
+    let nanos = then.nanos + passed.subsec_nanos();
+    Timestamp {
+        seconds: then.seconds + passed.as_secs().cast_signed() + i64::from(nanos / 1_000_000_000),
+        nanos: nanos % 1_000_000_000,
+    }
+}
+
+/// Fails requests whose time is up and sends again those that were answered "not now".
+async fn sweep(shared: std::sync::Weak<Shared>) {
+    loop {
+        tokio::time::sleep(SWEEP).await;
+        let Some(shared) = shared.upgrade() else { return };
+        if *shared.closed.borrow() {
+            return;
+        }
+        let outcome = {
+            let mut state = shared.state();
+            state.retry_deferred();
+            state.overdue(Instant::now(), || shared.bound())
+        };
+        shared.settle(outcome);
+        shared.wake();
+    }
+}
+
+/// Every change under these locks is made whole before anything that could panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,451 @@
+//! The session's memory, without I/O: which requests wait, which are on their way, what their answers mean.
+//!
+//! ```text
+//!             submit                frame               answered
+//!  caller ────────────▶ unsent ───────────────▶ sent ──────────────▶ caller
+//!                          ▲                      │
+//!                          └──── stream lost ─────┘   same sequence numbers, in their order
+//! ```
+//!
+//! A request is kept until its answer has come, its time is up, or its session has expired, and is sent again under the
+//! same sequence number after a reconnect: the master answers a repeated mutation from its record (I6). So a failover
+//! of the masters is a pause, not an error.
+//!
+//! `lowest_unanswered` speaks of mutations only: the master keeps no answers of anything else, and a lock that waits for
+//! hours must not make it keep the answers of everything since.
+
+use super::held::Held;
+use dfs_proto::v1::{
+    self, Answer, CancelLock, ClientFrame, Cred, ErrorCode, Goodbye, Hello, MasterFrame, Reply, Request,
+    answer::Body, hold, mutation, request,
+};
+use dfs_proto::{FsError, FsResult, PROTOCOL_VERSION, limits};
+use prost::Message;
+use std::collections::{BTreeMap, VecDeque};
+use std::task::Waker;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+pub(super) type Answered = oneshot::Sender<FsResult<Body>>;
+
+/// A caller and what he is to be told, once no lock is held any more.
+pub(super) struct Completion {
+    pub reply: Answered,
+    pub result: FsResult<Body>,
+}
+
+/// What the caller of [`State::answered`] has to do.
+#[derive(Default)]
+pub(super) struct Outcome {
+    pub completions: Vec<Completion>,
+    /// How many places in the window became free.
+    pub freed: usize,
+    /// The master no longer leads: reconnect.
+    pub not_leader: bool,
+}
+
+struct Pending {
+    request: Request,
+    /// `None`: nobody waits for the answer.
+    reply: Option<Answered>,
+    deadline: Option<Instant>,
+    /// It was in a frame at least once: it may have been carried out.
+    sent: bool,
+    /// A waiting lock that nobody waits for any more.
+    cancelled: bool,
+    /// It has a place in the window.
+    counted: bool,
+}
+
+pub(super) struct State {
+    next_seq: u64,
+    pending: BTreeMap<u64, Pending>,
+    unsent: VecDeque<u64>,
+    /// Answered "not now": sent again after a moment.
+    deferred: Vec<u64>,
+    held: Held,
+    /// Locks whose answer has not come yet.
+    locks_pending: usize,
+    /// The stream that may send; an older one ends itself.
+    pub stream: u64,
+    /// The stream was welcomed: requests may follow the hello.
+    pub welcomed: bool,
+    /// Wakes the stream when there is something to send.
+    pub waker: Option<Waker>,
+    keep_alive: u64,
+    keep_alive_due: bool,
+    goodbye: Option<bool>,
+    pub session: u64,
+    pub nonce: u64,
+    pub cluster_id: String,
+    pub leader: String,
+    pub replicas: u32,
+    pub chunk_size: u64,
+    /// Set once, for good: every call fails with it.
+    pub broken: Option<FsError>,
+    /// Why there is no stream at the moment, for the error of those whose time is up.
+    pub cause: String,
+}
+
+impl State {
+    pub fn new(nonce: u64, cluster_id: String) -> Self {
+        Self {
+            next_seq: 1,
+            pending: BTreeMap::new(),
+            unsent: VecDeque::new(),
+            deferred: Vec::new(),
+            held: Held::default(),
+            locks_pending: 0,
+            stream: 0,
+            welcomed: false,
+            waker: None,
+            keep_alive: 0,
+            keep_alive_due: false,
+            goodbye: None,
+            session: 0,
+            nonce,
+            cluster_id,
+            leader: String::new(),
+            replicas: 0,
+            chunk_size: 0,
+            broken: None,
+            cause: "no answer".to_owned(),
+        }
+    }
+
+    /// Takes a request. `counted`: it has a place in the window, to be given back when it is done.
+    pub fn submit(
+        &mut self,
+        cred: &Cred,
+        op: request::Op,
+        reply: Option<Answered>,
+        deadline: Option<Instant>,
+        counted: bool,
+    ) -> u64 {
+        let seq = self.next_seq;
+        self.next_seq += 1;
+        if is_lock(&op) {
+            self.locks_pending += 1;
+        }
+        let request = Request { seq, cred: Some(cred.clone()), op: Some(op) };
+        self.pending
+            .insert(seq, Pending { request, reply, deadline, sent: false, cancelled: false, counted });
+        self.unsent.push_back(seq);
+        seq
+    }
+
+    /// What to send next: everything that waits, as far as it fits into one frame.
+    pub fn frame(&mut self) -> Option<ClientFrame> {
+        if !self.welcomed {
+            return None;
+        }
+        let mut frame = ClientFrame::default();
+        let mut bytes = 0;
+        while let Some(seq) = self.unsent.front().copied() {
+            if frame.requests.len() >= limits::FRAME_REQUESTS_MAX {
+                break;
+            }
+            if let Some(pending) = self.pending.get_mut(&seq) {
+                let size = pending.request.encoded_len();
+                if !frame.requests.is_empty() && bytes + size > limits::FRAME_BYTES_MAX {
+                    break;
+                }
+                bytes += size;
+                pending.sent = true;
+                frame.requests.push(pending.request.clone());
+            }
+            self.unsent.pop_front();
+        }
+        if std::mem::take(&mut self.keep_alive_due) {
+            self.keep_alive += 1;
+            frame.keep_alive = self.keep_alive;
+        }
+        if self.unsent.is_empty() && self.goodbye == Some(false) {
+            self.goodbye = Some(true);
+            frame.goodbye = Some(Goodbye {});
+        }
+        if frame.requests.is_empty() && frame.keep_alive == 0 && frame.goodbye.is_none() {
+            return None;
+        }
+        frame.lowest_unanswered = self.lowest_unanswered();
+        Some(frame)
+    }
+
+    fn lowest_unanswered(&self) -> u64 {
+        let mutation = |pending: &Pending| matches!(pending.request.op, Some(request::Op::Mutation(_)));
+        self.pending.iter().find(|(_, pending)| mutation(pending)).map_or(self.next_seq, |(seq, _)| *seq)
+    }
+
+    /// Answers have come.
+    pub fn answered(&mut self, replies: Vec<Reply>) -> Outcome {
+        let mut outcome = Outcome::default();
+        for reply in replies {
+            let result = match reply.answer {
+                Some(Answer { body: Some(Body::Failure(failure)) }) => Err(FsError::from(failure)),
+                Some(Answer { body: Some(body) }) => Ok(body),
+                _ => Err(FsError::new(ErrorCode::ErrorIo, "the master's answer is empty")),
+            };
+            match result.as_ref().err().map(|error| error.code) {
+                // Not answers of the file system: the request was not carried out.
+                Some(ErrorCode::ErrorNotLeader | ErrorCode::ErrorSessionExpired) => {
+                    outcome.not_leader = true;
+                    continue;
+                }
+                Some(ErrorCode::ErrorUnavailable) => {
+                    if self.pending.contains_key(&reply.seq) {
+                        self.deferred.push(reply.seq);
+                    }
+                    continue;
+                }
+                _ => {}
+            }
+            // An unknown one was answered before, or its time was up.
+            if let Some(pending) = self.remove(reply.seq, &mut outcome.freed) {
+                self.complete(pending, result, &mut outcome.completions);
+            }
+        }
+        outcome
+    }
+
+    fn complete(&mut self, mut pending: Pending, result: FsResult<Body>, completions: &mut Vec<Completion>) {
+        let abandoned = pending.cancelled || pending.reply.as_ref().is_some_and(Answered::is_closed);
+        if let (true, Ok(_), Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(lock)) }))) =
+            (abandoned, &result, &pending.request.op)
+        {
+            for step in self.held.restore(lock) {
+                self.submit_hold(hold::Op::Lock(step));
+            }
+            return;
+        }
+        let opened = self.note(&pending.request, &result);
+        if let Some(ino) = opened.filter(|_| abandoned) {
+            self.submit_hold(hold::Op::Close(v1::Close { ino }));
+        }
+        if let Some(reply) = pending.reply.take() {
+            completions.push(Completion { reply, result });
+        }
+    }
+
+    /// Keeps in mind what an answered request opened, closed, locked. Answers the inode it opened.
+    fn note(&mut self, request: &Request, result: &FsResult<Body>) -> Option<u64> {
+        match (&request.op, result) {
+            (
+                Some(request::Op::Mutation(v1::Mutation { op: Some(mutation::Op::Create(create)) })),
+                Ok(body),
+            ) => {
+                if let (true, Body::Entry(v1::Entry { attr: Some(attr), .. })) = (create.open, body) {
+                    self.held.opened(attr.ino);
+                    return Some(attr.ino);
+                }
+            }
+            (Some(request::Op::Hold(v1::Hold { op: Some(op) })), result) => match op {
+                hold::Op::Open(open) if result.is_ok() => {
+                    self.held.opened(open.ino);
+                    return Some(open.ino);
+                }
+                // Also when it failed: nobody here has it open any more.
+                hold::Op::Close(close) => self.held.closed(close.ino),
+                hold::Op::Lock(lock) if result.is_ok() => self.held.set_lock(lock),
+                hold::Op::ReleaseLocks(release) if result.is_ok() => {
+                    self.held.release_locks(release.ino, release.owner);
+                }
+                _ => {}
+            },
+            _ => {}
+        }
+        None
+    }
+
+    /// A request of the session itself, for which nobody waits.
+    pub fn submit_hold(&mut self, op: hold::Op) {
+        self.submit(&Cred::default(), request::Op::Hold(v1::Hold { op: Some(op) }), None, None, false);
+    }
+
+    /// Nobody waits for this lock any more.
+    pub fn cancel(&mut self, seq: u64, freed: &mut usize) {
+        let Some(pending) = self.pending.get_mut(&seq) else { return };
+        pending.cancelled = true;
+        if pending.sent {
+            self.submit_hold(hold::Op::CancelLock(CancelLock { seq }));
+        } else {
+            self.remove(seq, freed);
+        }
+    }
+
+    /// Those whose time is up. One that was sent may still be carried out; the master will not be asked again.
+    pub fn overdue(&mut self, now: Instant, bound: impl Fn() -> String) -> Outcome {
+        let late: Vec<u64> = self
+            .pending
+            .iter()
+            .filter(|(_, pending)| pending.deadline.is_some_and(|deadline| deadline <= now))
+            .map(|(seq, _)| *seq)
+            .collect();
+        let mut outcome = Outcome::default();
+        for seq in late {
+            let Some(mut pending) = self.remove(seq, &mut outcome.freed) else { continue };
+            if let Some(reply) = pending.reply.take() {
+                let what = if self.welcomed { "connected, but no answer came" } else { self.cause.as_str() };
+                let error = FsError::new(ErrorCode::ErrorTimedOut, format!("{}: {what}", bound()));
+                outcome.completions.push(Completion { reply, result: Err(error) });
+            }
+        }
+        outcome
+    }
+
+    /// Sends again what was answered "not now".
+    pub fn retry_deferred(&mut self) {
+        self.unsent.extend(self.deferred.drain(..));
+    }
+
+    /// Whether the stream should be woken.
+    pub fn has_work(&self) -> bool {
+        self.welcomed && (!self.unsent.is_empty() || self.keep_alive_due || self.goodbye == Some(false))
+    }
+
+    pub fn want_keep_alive(&mut self) {
+        self.keep_alive_due = true;
+    }
+
+    pub fn say_goodbye(&mut self) {
+        self.goodbye.get_or_insert(false);
+    }
+
+    /// Whether the goodbye is on its way.
+    pub fn goodbye_sent(&self) -> bool {
+        self.goodbye == Some(true)
+    }
+
+    /// A new stream: its first frame. From here the old one is silent.
+    pub fn hello(&mut self, name: &str, host: &str) -> Hello {
+        self.stream += 1;
+        self.welcomed = false;
+        self.waker = None;
+        Hello {
+            version: PROTOCOL_VERSION,
+            session: self.session,
+            nonce: self.nonce,
+            client: name.to_owned(),
+            host: host.to_owned(),
+            opens: self.held.opens(),
+            locks: self.held.locks(),
+            cluster_id: self.cluster_id.clone(),
+        }
+    }
+
+    /// The stream may be used: everything unanswered is sent, in its order.
+    pub fn welcome(&mut self, welcome: &v1::Welcome, freed: &mut usize) {
+        self.session = welcome.session;
+        self.cluster_id.clone_from(&welcome.cluster_id);
+        self.replicas = welcome.replicas;
+        self.chunk_size = welcome.chunk_size;
+        // The master forgot the waits of the lost stream: what was cancelled is over, and so is the cancelling.
+        let over: Vec<u64> = self
+            .pending
+            .iter()
+            .filter(|(_, pending)| pending.cancelled || is_cancel(&pending.request))
+            .map(|(seq, _)| *seq)
+            .collect();
+        for seq in over {
+            self.remove(seq, freed);
+        }
+        self.deferred.clear();
+        self.unsent = self.pending.keys().copied().collect();
+        self.welcomed = true;
+    }
+
+    /// The master closed the session, because it was silent too long. A mutation that was sent may or may not have been
+    /// carried out, and nobody can tell any more: it fails, unless doing it twice does no harm. Locks are lost. Files
+    /// stay open: the next hello asserts them, for the new session.
+    pub fn expired(&mut self, nonce: u64) -> Outcome {
+        self.session = 0;
+        self.nonce = nonce;
+        self.welcomed = false;
+        let lost = self.held.drop_locks();
+        if lost > 0 {
+            tracing::warn!(owners = lost, "the session expired: its locks are lost");
+        }
+        let unknown: Vec<u64> = self
+            .pending
+            .iter()
+            .filter(|(_, pending)| pending.sent && !harmless_twice(&pending.request))
+            .map(|(seq, _)| *seq)
+            .collect();
+        let mut outcome = Outcome::default();
+        for seq in unknown {
+            let Some(mut pending) = self.remove(seq, &mut outcome.freed) else { continue };
+            if let Some(reply) = pending.reply.take() {
+                let error = FsError::new(
+                    ErrorCode::ErrorIo,
+                    "the session expired before the answer came: the change may or may not have been made",
+                );
+                outcome.completions.push(Completion { reply, result: Err(error) });
+            }
+        }
+        // To the new session they are new.
+        self.pending.values_mut().for_each(|pending| pending.sent = false);
+        outcome
+    }
+
+    /// Nothing will be answered any more.
+    pub fn fail_all(&mut self, error: &FsError) -> Outcome {
+        self.broken.get_or_insert_with(|| error.clone());
+        self.unsent.clear();
+        self.deferred.clear();
+        let mut outcome = Outcome::default();
+        for mut pending in std::mem::take(&mut self.pending).into_values() {
+            outcome.freed += usize::from(pending.counted);
+            if let Some(reply) = pending.reply.take() {
+                outcome.completions.push(Completion { reply, result: Err(error.clone()) });
+            }
+        }
+        self.locks_pending = 0;
+        outcome
+    }
+
+    /// Whether the owner has locks on the inode, or may get one by an answer that is on its way.
+    pub fn may_have_locks(&self, ino: u64, owner: u64) -> bool {
+        let asked = |pending: &Pending| {
+            matches!(&pending.request.op, Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(lock)) }))
+                if lock.ino == ino && lock.owner == owner)
+        };
+        self.held.has_locks(ino, owner) || (self.locks_pending > 0 && self.pending.values().any(asked))
+    }
+
+    fn remove(&mut self, seq: u64, freed: &mut usize) -> Option<Pending> {
+        let pending = self.pending.remove(&seq)?;
+        *freed += usize::from(pending.counted);
+        if pending.request.op.as_ref().is_some_and(is_lock) {
+            self.locks_pending -= 1;
+        }
+        Some(pending)
+    }
+}
+
+/// The leader that a refusal names, if any.
+pub(super) fn named_leader(frame: &MasterFrame) -> Option<String> {
+    Some(frame.leader.clone()).filter(|leader| !leader.is_empty())
+}
+
+fn is_lock(op: &request::Op) -> bool {
+    matches!(op, request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(_)) }))
+}
+
+fn is_cancel(request: &Request) -> bool {
+    matches!(&request.op, Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::CancelLock(_)) })))
+}
+
+/// Whether a request may be given to a new session although the old one may have carried it out. A commit names chunks
+/// of the old session, which are fenced: it fails as stale, and the data plane sends the bytes again.
+fn harmless_twice(request: &Request) -> bool {
+    match &request.op {
+        Some(request::Op::Mutation(change)) => matches!(
+            change.op,
+            Some(mutation::Op::Commit(_) | mutation::Op::AllocChunks(_) | mutation::Op::Touch(_))
+        ),
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+#[path = "requests_tests.rs"]
+mod tests;

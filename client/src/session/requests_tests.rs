@@ -1,0 +1,230 @@
+use super::*;
+
+fn mutation() -> request::Op {
+    request::Op::Mutation(v1::Mutation { op: Some(mutation::Op::Unlink(v1::Unlink::default())) })
+}
+
+fn query() -> request::Op {
+    request::Op::Query(v1::Query { op: Some(v1::query::Op::StatFs(v1::StatFs {})) })
+}
+
+fn hold(op: hold::Op) -> request::Op {
+    request::Op::Hold(v1::Hold { op: Some(op) })
+}
+
+fn lock(owner: u64) -> v1::Lock {
+    v1::Lock { ino: 1, owner, end: 9, r#type: 1, wait: true, ..v1::Lock::default() }
+}
+
+fn welcome(session: u64) -> v1::Welcome {
+    v1::Welcome { session, cluster_id: "c".into(), ..v1::Welcome::default() }
+}
+
+fn connected() -> State {
+    let mut state = State::new(7, String::new());
+    state.hello("n", "h");
+    state.welcome(&welcome(3), &mut 0);
+    state
+}
+
+fn submit(state: &mut State, op: request::Op) -> (u64, oneshot::Receiver<FsResult<Body>>) {
+    let (reply, receiver) = oneshot::channel();
+    (state.submit(&Cred::default(), op, Some(reply), None, true), receiver)
+}
+
+fn reply(seq: u64, body: Body) -> Reply {
+    Reply { seq, answer: Some(Answer { body: Some(body) }) }
+}
+
+fn failure(seq: u64, code: ErrorCode) -> Reply {
+    reply(seq, Body::Failure(FsError::from(code).into()))
+}
+
+fn done(outcome: Outcome) -> usize {
+    let count = outcome.completions.len();
+    outcome.completions.into_iter().for_each(|c| drop(c.reply.send(c.result)));
+    count
+}
+
+fn sent(state: &mut State) -> Vec<u64> {
+    state.frame().map_or(Vec::new(), |frame| frame.requests.iter().map(|request| request.seq).collect())
+}
+
+#[test]
+fn what_waits_goes_in_one_frame_and_again_in_order_after_a_reconnect() {
+    let mut state = connected();
+    let (first, _a) = submit(&mut state, mutation());
+    let (second, _b) = submit(&mut state, query());
+    let (third, mut c) = submit(&mut state, mutation());
+    assert_eq!(sent(&mut state), [first, second, third]);
+    assert_eq!(sent(&mut state), []);
+    assert_eq!(done(state.answered(vec![reply(first, Body::Empty(v1::Empty {}))])), 1);
+    state.hello("n", "h");
+    assert!(state.frame().is_none(), "nothing is sent before the welcome");
+    state.welcome(&welcome(3), &mut 0);
+    let frame = state.frame().expect("the unanswered");
+    assert_eq!(frame.requests.iter().map(|r| r.seq).collect::<Vec<_>>(), [second, third]);
+    assert_eq!(frame.lowest_unanswered, third, "a query keeps no answers alive");
+    // Answered twice: once by the old stream's leader, once by the new one's.
+    let twice = vec![reply(third, Body::Empty(v1::Empty {})), reply(third, Body::Empty(v1::Empty {}))];
+    assert_eq!(done(state.answered(twice)), 1);
+    assert!(c.try_recv().expect("answered").is_ok());
+}
+
+#[test]
+fn a_frame_is_bounded_in_number_and_bytes() {
+    let mut state = connected();
+    for _ in 0..limits::FRAME_REQUESTS_MAX + 1 {
+        state.submit(&Cred::default(), query(), None, None, true);
+    }
+    assert_eq!(sent(&mut state).len(), limits::FRAME_REQUESTS_MAX);
+    assert_eq!(sent(&mut state).len(), 1);
+    let value = bytes::Bytes::from(vec![0; limits::FRAME_BYTES_MAX]);
+    for _ in 0..2 {
+        let change = v1::SetXattr { value: value.clone(), ..v1::SetXattr::default() };
+        let op = request::Op::Mutation(v1::Mutation { op: Some(mutation::Op::SetXattr(change)) });
+        state.submit(&Cred::default(), op, None, None, true);
+    }
+    assert_eq!(sent(&mut state).len(), 1);
+    assert_eq!(sent(&mut state).len(), 1);
+}
+
+#[test]
+fn a_refusal_by_a_master_without_the_lead_is_no_answer() {
+    let mut state = connected();
+    let (seq, mut receiver) = submit(&mut state, mutation());
+    sent(&mut state);
+    assert!(state.answered(vec![failure(seq, ErrorCode::ErrorNotLeader)]).not_leader);
+    assert!(!state.answered(vec![failure(seq, ErrorCode::ErrorUnavailable)]).not_leader);
+    assert!(receiver.try_recv().is_err());
+    assert_eq!(sent(&mut state), []);
+    state.retry_deferred();
+    assert_eq!(sent(&mut state), [seq]);
+    done(state.answered(vec![failure(seq, ErrorCode::ErrorExists)]));
+    let error = receiver.try_recv().expect("answered").expect_err("failed");
+    assert_eq!(error.code, ErrorCode::ErrorExists);
+}
+
+#[test]
+fn the_hello_asserts_opens_and_locks_again() {
+    let mut state = connected();
+    let (open, _a) = submit(&mut state, hold(hold::Op::Open(v1::Open { ino: 5, ..v1::Open::default() })));
+    let create = v1::Create { open: true, ..v1::Create::default() };
+    let create = request::Op::Mutation(v1::Mutation { op: Some(mutation::Op::Create(create)) });
+    let (create, _b) = submit(&mut state, create);
+    let (locked, _c) = submit(&mut state, hold(hold::Op::Lock(lock(2))));
+    assert!(state.may_have_locks(1, 2) && !state.may_have_locks(1, 3));
+    sent(&mut state);
+    let made = v1::Entry { attr: Some(v1::Attr { ino: 6, ..v1::Attr::default() }), created: true };
+    done(state.answered(vec![
+        reply(open, Body::Opened(v1::Opened::default())),
+        reply(create, Body::Entry(made)),
+        reply(locked, Body::Empty(v1::Empty {})),
+    ]));
+    let hello = state.hello("n", "h");
+    assert_eq!((hello.session, hello.nonce, hello.cluster_id.as_str()), (3, 7, "c"));
+    assert_eq!(hello.opens.iter().map(|open| open.ino).collect::<Vec<_>>(), [5, 6]);
+    assert_eq!(hello.locks.len(), 1);
+}
+
+#[test]
+fn an_expired_session_fails_changes_of_unknown_outcome_and_carries_over_the_rest() {
+    let mut state = connected();
+    let (unknown, mut a) = submit(&mut state, mutation());
+    let commit =
+        request::Op::Mutation(v1::Mutation { op: Some(mutation::Op::Commit(v1::Commit::default())) });
+    let (commit, _b) = submit(&mut state, commit);
+    let (asked, _c) = submit(&mut state, query());
+    assert_eq!(sent(&mut state), [unknown, commit, asked]);
+    let (unsent, _d) = submit(&mut state, mutation());
+    let outcome = state.expired(8);
+    assert_eq!(outcome.freed, 1);
+    done(outcome);
+    let error = a.try_recv().expect("answered").expect_err("failed");
+    assert_eq!(error.code, ErrorCode::ErrorIo);
+    let hello = state.hello("n", "h");
+    assert_eq!((hello.session, hello.nonce), (0, 8));
+    state.welcome(&welcome(4), &mut 0);
+    assert_eq!(sent(&mut state), [commit, asked, unsent]);
+}
+
+#[test]
+fn a_lock_nobody_waits_for_is_cancelled_and_taken_back_if_it_was_granted_all_the_same() {
+    let mut state = connected();
+    let (waiting, a) = submit(&mut state, hold(hold::Op::Lock(lock(2))));
+    assert_eq!(sent(&mut state), [waiting]);
+    drop(a);
+    state.cancel(waiting, &mut 0);
+    let frame = state.frame().expect("the cancelling");
+    assert_eq!(frame.requests[0].op, Some(hold(hold::Op::CancelLock(CancelLock { seq: waiting }))));
+    done(state.answered(vec![reply(waiting, Body::Empty(v1::Empty {}))]));
+    let frame = state.frame().expect("the way back");
+    let Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(step)) })) = &frame.requests[0].op else {
+        panic!("{frame:?}")
+    };
+    assert_eq!((step.start, step.end, step.r#type), (0, 9, v1::lock::Type::Unlock as i32));
+    // One that was never sent is simply gone, and after a reconnect nothing of either is left.
+    let (unsent, _b) = submit(&mut state, hold(hold::Op::Lock(lock(3))));
+    let mut freed = 0;
+    state.cancel(unsent, &mut freed);
+    assert_eq!(freed, 1);
+    let (waiting, _c) = submit(&mut state, hold(hold::Op::Lock(lock(4))));
+    sent(&mut state);
+    state.cancel(waiting, &mut 0);
+    state.hello("n", "h");
+    let mut freed = 0;
+    state.welcome(&welcome(3), &mut freed);
+    assert_eq!(freed, 1);
+    let left = state.frame().expect("the way back of the first");
+    assert_eq!(left.requests.len(), 1);
+}
+
+#[test]
+fn an_open_nobody_waits_for_is_closed_again() {
+    let mut state = connected();
+    let (open, a) = submit(&mut state, hold(hold::Op::Open(v1::Open { ino: 5, ..v1::Open::default() })));
+    sent(&mut state);
+    drop(a);
+    done(state.answered(vec![reply(open, Body::Opened(v1::Opened::default()))]));
+    let frame = state.frame().expect("the close");
+    assert_eq!(frame.requests[0].op, Some(hold(hold::Op::Close(v1::Close { ino: 5 }))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn whose_time_is_up_is_told_the_cause() {
+    let mut state = connected();
+    let deadline = Instant::now() + std::time::Duration::from_secs(1);
+    let (reply, mut receiver) = oneshot::channel();
+    state.submit(&Cred::default(), mutation(), Some(reply), Some(deadline), true);
+    let (_, mut patient) = submit(&mut state, mutation());
+    state.hello("n", "h");
+    state.cause = "a:1: Connection refused".into();
+    assert_eq!(done(state.overdue(Instant::now(), String::new)), 0);
+    tokio::time::advance(std::time::Duration::from_secs(1)).await;
+    let outcome = state.overdue(Instant::now(), || "no answer within 1s".into());
+    assert_eq!((outcome.freed, done(outcome)), (1, 1));
+    let error = receiver.try_recv().expect("answered").expect_err("failed");
+    assert_eq!(error.to_string(), "no answer within 1s: a:1: Connection refused (timed out)");
+    assert!(patient.try_recv().is_err());
+}
+
+#[test]
+fn after_a_lasting_failure_everybody_is_told() {
+    let mut state = connected();
+    let (_, mut a) = submit(&mut state, query());
+    let outcome = state.fail_all(&ErrorCode::ErrorVersion.into());
+    assert_eq!((outcome.freed, done(outcome)), (1, 1));
+    assert!(a.try_recv().expect("answered").is_err());
+    assert!(state.broken.is_some() && state.frame().is_none());
+}
+
+#[test]
+fn the_goodbye_follows_everything_else() {
+    let mut state = connected();
+    let (seq, _a) = submit(&mut state, mutation());
+    state.say_goodbye();
+    assert!(state.has_work());
+    let frame = state.frame().expect("last frame");
+    assert_eq!((frame.requests[0].seq, frame.goodbye), (seq, Some(Goodbye {})));
+    assert!(state.goodbye_sent() && state.frame().is_none());
+}

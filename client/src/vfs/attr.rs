@@ -1,0 +1,183 @@
+//! lookup, getattr, setattr, access.
+
+use super::{Client, Inner, attr_of, check_name, entry, own_cred};
+use dfs_proto::v1::{self, Attr, Cred, ErrorCode, mutation, query};
+use dfs_proto::{FsError, FsResult, InodeNo};
+use std::time::Duration;
+
+impl Client {
+    /// What a name in a directory stands for. `..` is the parent.
+    ///
+    /// # Errors
+    /// ErrorNotFound, ErrorNotDir, ErrorAccess (no right to search the directory), and the session's.
+    pub async fn lookup(&self, cred: &Cred, parent: InodeNo, name: &[u8]) -> FsResult<Attr> {
+        check_name(name)?;
+        match self.cached_lookup(parent, name) {
+            Some(Ok((attr, _))) => Ok(attr),
+            Some(Err(error)) => Err(error),
+            None => self.inner.lookup_at_master(cred, parent, name).await,
+        }
+    }
+
+    /// The attributes of an inode, if they are known: what [`Client::getattr`] would answer, without waiting. The
+    /// duration is how long they may still be believed.
+    #[must_use]
+    pub fn cached_attr(&self, ino: InodeNo) -> Option<(Attr, Duration)> {
+        let (attr, left) = self.inner.cache.attr(ino)?;
+        Some((self.inner.overlaid(attr), left))
+    }
+
+    /// What [`Client::lookup`] would answer, if that is known. A name that is known to be absent is ErrorNotFound.
+    #[must_use]
+    pub fn cached_lookup(&self, parent: InodeNo, name: &[u8]) -> Option<FsResult<(Attr, Duration)>> {
+        let (ino, left) = self.inner.cache.name(parent, name)?;
+        match ino {
+            None => Some(Err(ErrorCode::ErrorNotFound.into())),
+            Some(ino) => self.cached_attr(ino).map(|(attr, attr_left)| Ok((attr, left.min(attr_left)))),
+        }
+    }
+
+    /// The attributes of an inode, with the size and the times that this client's own writes gave it.
+    ///
+    /// # Errors
+    /// ErrorStale when the inode is gone, and the session's.
+    pub async fn getattr(&self, ino: InodeNo) -> FsResult<Attr> {
+        match self.cached_attr(ino) {
+            Some((attr, _)) => Ok(attr),
+            None => self.inner.ask_attr(ino, 0).await,
+        }
+    }
+
+    /// The attributes of an inode if it is still of this generation (open_by_handle_at, NFS). Asks the master.
+    ///
+    /// # Errors
+    /// ErrorStale when the inode is gone or its number was used again, and the session's.
+    pub async fn getattr_generation(&self, ino: InodeNo, generation: u64) -> FsResult<Attr> {
+        self.inner.ask_attr(ino, generation).await
+    }
+
+    /// Changes attributes; a size cuts or extends the file. Flushes what is held of the inode before.
+    ///
+    /// Clearing set-user-id, set-group-id and capabilities, as chown and an unprivileged truncate do, is decided here.
+    ///
+    /// # Errors
+    /// ErrorNotPermitted, ErrorAccess, ErrorFileTooBig, ErrorInvalid, and those of the flush.
+    pub async fn setattr(&self, cred: &Cred, mut change: v1::SetAttr) -> FsResult<Attr> {
+        let ino = InodeNo(change.ino);
+        let times = change.atime.is_some() || change.mtime.is_some() || change.atime_now || change.mtime_now;
+        if change.size.is_some() || times {
+            // A commit that came later would bring the old size or time back.
+            self.inner.flush_if_dirty(ino).await?;
+        }
+        if change.atime.is_some() || change.atime_now {
+            self.inner.atimes.forget(ino);
+        }
+        if change.uid.is_some() || change.gid.is_some() || (change.size.is_some() && cred.uid != 0) {
+            change.kill_priv = true;
+        }
+        let resized = change.size.is_some();
+        let answer = self.inner.master.mutate(cred, mutation::Op::SetAttr(change)).await.and_then(entry);
+        if resized {
+            self.inner.data.forget_layout(ino);
+        }
+        match answer {
+            Ok(attr) => {
+                self.inner.cache.learn(&attr);
+                Ok(self.inner.overlaid(attr))
+            }
+            Err(error) => {
+                self.inner.cache.forget_attr(ino);
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether `cred` may read (4), write (2), execute or search (1) an inode.
+    ///
+    /// # Errors
+    /// ErrorAccess when not, and the session's.
+    pub async fn access(&self, cred: &Cred, ino: InodeNo, mask: u32) -> FsResult<()> {
+        let ticket = self.inner.cache.ticket();
+        let question = query::Op::Access(v1::Access { ino: ino.get(), mask });
+        let attr = self.inner.master.query(cred, question).await.and_then(entry)?;
+        self.inner.cache.put_attr(&ticket, &attr);
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// Attributes as this client's programs see them: with what it holds but has not committed.
+    pub fn overlaid(&self, mut attr: Attr) -> Attr {
+        let ino = InodeNo(attr.ino);
+        if attr.kind == v1::Kind::File as i32
+            && let Some(dirty) = self.data.dirty(ino)
+        {
+            if dirty.end > attr.size {
+                // Roughly: a hole before the written bytes would be counted, but never more than fits in memory.
+                let grown = (dirty.end - attr.size).min(self.config.write_memory);
+                attr.blocks += grown.div_ceil(512);
+                attr.size = dirty.end;
+            }
+            for time in [&mut attr.mtime, &mut attr.ctime] {
+                if time.is_none_or(|time| time.key() < dirty.mtime.key()) {
+                    *time = Some(dirty.mtime);
+                }
+            }
+        }
+        if let Some(atime) = self.atimes.pending(ino)
+            && attr.atime.is_none_or(|time| time.key() < atime.key())
+        {
+            attr.atime = Some(atime);
+        }
+        attr
+    }
+
+    pub async fn lookup_at_master(&self, cred: &Cred, parent: InodeNo, name: &[u8]) -> FsResult<Attr> {
+        let ticket = self.cache.ticket();
+        let question = v1::Lookup { parent: parent.get(), name: bytes::Bytes::copy_from_slice(name) };
+        match self.master.query(cred, query::Op::Lookup(question)).await.and_then(entry) {
+            Ok(attr) => {
+                self.cache.put_attr(&ticket, &attr);
+                if name != b".." && name != b"." {
+                    self.cache.put_name(&ticket, parent, name, Some(InodeNo(attr.ino)));
+                }
+                Ok(self.overlaid(attr))
+            }
+            Err(error) => {
+                if error.code == ErrorCode::ErrorNotFound {
+                    self.cache.put_name(&ticket, parent, name, None);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    pub async fn ask_attr(&self, ino: InodeNo, generation: u64) -> FsResult<Attr> {
+        let ticket = self.cache.ticket();
+        let question = query::Op::GetAttr(v1::GetAttr { ino: ino.get(), generation });
+        match self.master.query(&own_cred(), question).await? {
+            v1::answer::Body::Entry(answer) => {
+                let attr = attr_of(answer.attr)?;
+                self.cache.put_attr(&ticket, &attr);
+                Ok(self.overlaid(attr))
+            }
+            other => Err(super::unexpected(&other)),
+        }
+    }
+
+    /// The attributes, asked only when they are not known.
+    pub async fn attr_now(&self, ino: InodeNo) -> FsResult<Attr> {
+        match self.cache.attr(ino) {
+            Some((attr, _)) => Ok(self.overlaid(attr)),
+            None => self.ask_attr(ino, 0).await,
+        }
+    }
+}
+
+/// A size that a file may not have.
+pub(super) fn check_end(offset: u64, len: u64) -> FsResult<u64> {
+    match offset.checked_add(len) {
+        Some(end) if end <= dfs_proto::limits::FILE_SIZE_MAX => Ok(end),
+        _ => Err(FsError::new(ErrorCode::ErrorFileTooBig, format!("{len} bytes at offset {offset}"))),
+    }
+}

@@ -1,0 +1,44 @@
+//! Reading directories.
+
+use super::{Client, unexpected};
+use dfs_proto::v1::{self, Cred, answer, query};
+use dfs_proto::{FsResult, InodeNo, limits};
+
+impl Client {
+    /// The entries that follow `cookie` (0: from the start), at most `max` of them; with `plus` each with its attributes.
+    ///
+    /// # Errors
+    /// ErrorNotDir, ErrorAccess, and the session's.
+    pub async fn read_dir(
+        &self,
+        cred: &Cred,
+        ino: InodeNo,
+        cookie: u64,
+        max: u32,
+        plus: bool,
+    ) -> FsResult<v1::DirPage> {
+        let cache = &self.inner.cache;
+        let ticket = cache.ticket();
+        let question =
+            v1::ReadDir { ino: ino.get(), cookie, max_entries: max.clamp(1, limits::DIR_PAGE_MAX), plus };
+        let mut page = match self.inner.master.query(cred, query::Op::ReadDir(question)).await? {
+            answer::Body::DirPage(page) => page,
+            other => return Err(unexpected(&other)),
+        };
+        for entry in &mut page.entries {
+            if let Some(attr) = &mut entry.attr {
+                cache.put_attr(&ticket, attr);
+                cache.put_name(&ticket, ino, &entry.name, Some(InodeNo(entry.ino)));
+                // What is known of later is shown: this page may be older than this client's own last change.
+                let newest = cache.attr(InodeNo(entry.ino)).map_or(*attr, |(known, _)| known);
+                *attr = self.inner.overlaid(newest);
+            }
+        }
+        if cookie == 0
+            && let Some((attr, _)) = cache.attr(ino)
+        {
+            self.inner.accessed(&attr);
+        }
+        Ok(page)
+    }
+}

@@ -1,0 +1,190 @@
+//! open, read, write, append, flush, fsync, release.
+
+use super::attr::check_end;
+use super::{Client, Inner, OpenFile, OpenFlags, attr_of, own_cred, unexpected};
+use bytes::Bytes;
+use dfs_proto::v1::{self, Cred, ErrorCode, answer, hold};
+use dfs_proto::{FsError, FsResult, InodeNo};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Set-user-id and set-group-id.
+const PRIVILEGED: u32 = 0o6000;
+
+impl Client {
+    /// Opens a regular file: the master checks the right to and keeps the inode while it is open. Its first slices come
+    /// with the answer, so reading a small file asks the master nothing more.
+    ///
+    /// # Errors
+    /// ErrorAccess, ErrorIsDir, ErrorStale, and the session's.
+    pub async fn open(&self, cred: &Cred, ino: InodeNo, flags: OpenFlags) -> FsResult<Arc<OpenFile>> {
+        let inner = &self.inner;
+        let ticket = inner.cache.ticket();
+        let question = v1::Open {
+            ino: ino.get(),
+            read: flags.read,
+            write: flags.write || flags.truncate,
+            exec: flags.exec,
+            no_check: false,
+            append: flags.append,
+        };
+        let opened = match inner.master.hold(cred, hold::Op::Open(question)).await? {
+            answer::Body::Opened(opened) => opened,
+            other => return Err(unexpected(&other)),
+        };
+        let state = inner.files.opened(ino);
+        let file = OpenFile::new(state, cred, flags);
+        let attr = match attr_of(opened.attr) {
+            Ok(attr) => attr,
+            Err(error) => {
+                self.release(file).await?;
+                return Err(error);
+            }
+        };
+        inner.cache.put_attr(&ticket, &attr);
+        if flags.truncate {
+            let cut =
+                v1::SetAttr { ino: ino.get(), size: Some(0), by_handle: true, ..v1::SetAttr::default() };
+            if let Err(error) = self.setattr(cred, cut).await {
+                self.release(file).await?;
+                return Err(error);
+            }
+        } else if let Some(layout) = &opened.layout {
+            inner.data.learn_layout(ino, layout);
+        }
+        Ok(file)
+    }
+
+    /// Reads; fewer bytes than asked only at the end of the file.
+    ///
+    /// # Errors
+    /// ErrorIo when no replica has the bytes, ErrorStale, ErrorTimedOut, and the session's.
+    pub async fn read(&self, file: &OpenFile, offset: u64, len: usize) -> FsResult<Bytes> {
+        let inner = &self.inner;
+        let attr = inner.attr_now(file.ino).await?;
+        if offset >= attr.size || len == 0 {
+            return Ok(Bytes::new());
+        }
+        inner.accessed(&attr);
+        let left = usize::try_from(attr.size - offset).unwrap_or(usize::MAX);
+        inner.data.read(file.ino, &file.read_state, attr.size, offset, len.min(left)).await
+    }
+
+    /// Writes without waiting, if that is possible; `None`: call [`Client::write`] (or [`Client::append`]).
+    pub fn try_write(&self, file: &OpenFile, offset: u64, data: &[u8]) -> Option<FsResult<()>> {
+        if file.flags.append || file.flags.sync || self.inner.loses_privileges(file) {
+            return None;
+        }
+        if let Err(error) = check_end(offset, data.len() as u64) {
+            return Some(Err(error));
+        }
+        self.inner.mark_written(file);
+        self.inner.data.try_write(file.ino, offset, data)
+    }
+
+    /// Writes. The bytes are buffered unless the file was opened with `sync`; a file opened with `append` ignores the
+    /// offset. Waits while too many bytes are buffered.
+    ///
+    /// # Errors
+    /// ErrorFileTooBig; ErrorNoSpace, ErrorIo, ErrorTimedOut, also of an earlier write in the background.
+    pub async fn write(&self, file: &OpenFile, offset: u64, data: &[u8]) -> FsResult<()> {
+        if file.flags.append {
+            return self.append(file, data).await.map(drop);
+        }
+        self.inner.write_at(file, offset, data).await
+    }
+
+    /// Writes at the end of the file as it is at that moment, and answers where that was.
+    ///
+    /// # Errors
+    /// As [`Client::write`].
+    pub async fn append(&self, file: &OpenFile, data: &[u8]) -> FsResult<u64> {
+        let _one_at_a_time = file.state.append.lock().await;
+        let offset = self.inner.attr_now(file.ino).await?.size;
+        self.inner.write_at(file, offset, data).await?;
+        Ok(offset)
+    }
+
+    /// What close(2) does: everything written through this client is committed and durable, and an error of a write in
+    /// the background is reported.
+    ///
+    /// # Errors
+    /// As [`Client::write`].
+    pub async fn flush(&self, file: &OpenFile) -> FsResult<()> {
+        if file.flags.write || file.flags.append {
+            self.fsync(file.ino).await?;
+        }
+        Ok(())
+    }
+
+    /// Returns when the bytes, size and times of an inode are durable: the bytes on every replica, the commit on a
+    /// majority of masters. Changes of names are durable before they return, so a directory needs nothing.
+    ///
+    /// # Errors
+    /// As [`Client::write`].
+    pub async fn fsync(&self, ino: InodeNo) -> FsResult<()> {
+        self.inner.data.flush(ino).await.map(drop)
+    }
+
+    /// Gives back an open file. Does not wait for the master: what is left to write (mmap) is flushed and the open is
+    /// given back in the background, in this order.
+    ///
+    /// # Errors
+    /// When the session is broken for good.
+    pub async fn release(&self, file: Arc<OpenFile>) -> FsResult<()> {
+        let inner = &self.inner;
+        let ino = file.ino;
+        if inner.files.closed(ino) {
+            inner.data.discard(ino);
+        }
+        let close = hold::Op::Close(v1::Close { ino: ino.get() });
+        if inner.data.dirty(ino).is_none() {
+            return inner.session.hold_later(&own_cred(), close).await;
+        }
+        let (data, session) = (Arc::clone(&inner.data), Arc::clone(&inner.session));
+        inner.background.spawn(async move {
+            // The data plane keeps the error for the next write, flush or sync of this inode.
+            if let Err(error) = data.flush(ino).await {
+                tracing::warn!(%ino, %error, "the last bytes of a closed file could not be written");
+            }
+            if let Err(error) = session.hold_later(&own_cred(), close).await {
+                tracing::warn!(%ino, %error, "a file could not be closed at the master");
+            }
+        });
+        Ok(())
+    }
+}
+
+impl Inner {
+    async fn write_at(&self, file: &OpenFile, offset: u64, data: &[u8]) -> FsResult<()> {
+        check_end(offset, data.len() as u64)?;
+        if !(file.flags.write || file.flags.append) {
+            return Err(FsError::new(ErrorCode::ErrorAccess, "the file is not open for writing"));
+        }
+        let privileges = self.loses_privileges(file);
+        self.mark_written(file);
+        if privileges {
+            self.data.kill_priv(file.ino);
+        }
+        self.data.write(file.ino, offset, data).await?;
+        if privileges || file.flags.sync {
+            // The cleared bits must show at once, not when the bytes happen to be committed.
+            self.data.flush(file.ino).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether a write through this file must clear set-user-id or set-group-id. The kernel says it per write, but the
+    /// FUSE library hides that: decided by who opened the file.
+    fn loses_privileges(&self, file: &OpenFile) -> bool {
+        file.uid != 0 && self.cache.last_attr(file.ino).is_some_and(|attr| attr.mode & PRIVILEGED != 0)
+    }
+
+    /// The first write through an open of somebody but root also clears file capabilities, of which this client does
+    /// not know whether there are any.
+    fn mark_written(&self, file: &OpenFile) {
+        if file.uid != 0 && !file.wrote.swap(true, Ordering::Relaxed) {
+            self.data.kill_priv(file.ino);
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! What this client has open: one [`OpenFile`] an open, one [`FileState`] an inode.
+
+use crate::read::ReadState;
+use dfs_proto::InodeNo;
+use dfs_proto::v1::Cred;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// How a file is opened; as in open(2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenFlags {
+    pub read: bool,
+    pub write: bool,
+    /// Every write lands at the end of the file as it is then (O_APPEND).
+    pub append: bool,
+    /// The file is cut to nothing (O_TRUNC).
+    pub truncate: bool,
+    /// Opened to be executed: needs the right to execute, not to read.
+    pub exec: bool,
+    /// Every write returns when it is durable (O_SYNC, O_DSYNC).
+    pub sync: bool,
+}
+
+/// An open file. Give it back with [`crate::Client::release`]: dropping it does not close it at the master.
+pub struct OpenFile {
+    pub ino: InodeNo,
+    pub flags: OpenFlags,
+    /// Who opened it: what it writes clears the set-user-id bit unless that was root.
+    pub uid: u32,
+    /// Whether anything was written through it yet.
+    pub(super) wrote: AtomicBool,
+    pub(super) state: Arc<FileState>,
+    /// Where the last reads were, for readahead.
+    pub(super) read_state: ReadState,
+}
+
+impl OpenFile {
+    pub(super) fn new(state: Arc<FileState>, cred: &Cred, flags: OpenFlags) -> Arc<Self> {
+        Arc::new(Self {
+            ino: state.ino,
+            flags,
+            uid: cred.uid,
+            wrote: AtomicBool::new(false),
+            state,
+            read_state: ReadState::default(),
+        })
+    }
+}
+
+/// What all opens of one inode share.
+pub(super) struct FileState {
+    pub ino: InodeNo,
+    /// Held while an append finds the end and writes there: appends of this client do not overlap.
+    pub append: tokio::sync::Mutex<()>,
+    /// The last name is gone: bytes nobody has read by the last close need not be written.
+    unlinked: AtomicBool,
+}
+
+/// The inodes that are open, and how often. An inode leaves when its last open has been flushed and closed, so bytes
+/// that are not committed belong to an inode in here.
+#[derive(Default)]
+pub(super) struct Files {
+    open: Mutex<HashMap<InodeNo, (Arc<FileState>, usize)>>,
+}
+
+impl Files {
+    /// Counts one more open of an inode.
+    pub fn opened(&self, ino: InodeNo) -> Arc<FileState> {
+        let mut open = self.lock();
+        let (state, count) = open.entry(ino).or_insert_with(|| {
+            let state =
+                FileState { ino, append: tokio::sync::Mutex::new(()), unlinked: AtomicBool::new(false) };
+            (Arc::new(state), 0)
+        });
+        *count += 1;
+        Arc::clone(state)
+    }
+
+    /// Counts one open less. Answers whether it was the last one of an inode without names.
+    pub fn closed(&self, ino: InodeNo) -> bool {
+        let mut open = self.lock();
+        let Some((state, count)) = open.get_mut(&ino) else { return false };
+        *count -= 1;
+        if *count > 0 {
+            return false;
+        }
+        let unlinked = state.unlinked.load(Ordering::Relaxed);
+        open.remove(&ino);
+        unlinked
+    }
+
+    /// The inode lost its last name. Answers whether this client has it open.
+    pub fn unlinked(&self, ino: InodeNo) -> bool {
+        match self.lock().get(&ino) {
+            Some((state, _)) => {
+                state.unlinked.store(true, Ordering::Relaxed);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The inode has a name again (linkat of an O_TMPFILE).
+    pub fn linked(&self, ino: InodeNo) {
+        if let Some((state, _)) = self.lock().get(&ino) {
+            state.unlinked.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether nothing is open.
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<InodeNo, (Arc<FileState>, usize)>> {
+        // Every change is a single step: a poisoned table is whole.
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_close_of_an_unlinked_inode_says_so() {
+        let (files, ino) = (Files::default(), InodeNo(5));
+        assert!(!files.unlinked(ino) && files.is_empty());
+        let first = files.opened(ino);
+        let second = files.opened(ino);
+        assert!(Arc::ptr_eq(&first, &second));
+        assert!(files.unlinked(ino));
+        assert!(!files.closed(ino));
+        assert!(files.closed(ino));
+        assert!(files.is_empty());
+        files.opened(ino);
+        files.unlinked(ino);
+        files.linked(ino);
+        assert!(!files.closed(ino));
+    }
+}

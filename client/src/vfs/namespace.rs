@@ -1,0 +1,269 @@
+//! create, mkdir, symlink, mknod, unlink, rmdir, rename, link, readlink.
+
+use super::{Client, Inner, OpenFile, OpenFlags, attr_of, check_name, entry, own_cred, unexpected};
+use bytes::Bytes;
+use dfs_proto::v1::{self, Attr, Cred, answer, hold, mutation, query};
+use dfs_proto::{FsResult, InodeNo};
+use std::sync::Arc;
+
+/// What [`Client::create`] made or found.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Entry {
+    pub attr: Attr,
+    /// False: it was there before.
+    pub created: bool,
+}
+
+impl Client {
+    /// Makes a file, directory, symlink, device, fifo or socket.
+    ///
+    /// # Errors
+    /// ErrorExists, ErrorAccess, ErrorNotDir, ErrorNameTooLong, ErrorNoSpace …, and the session's.
+    pub async fn create(&self, cred: &Cred, what: v1::Create) -> FsResult<Entry> {
+        if !what.anonymous {
+            check_name(&what.name)?;
+        }
+        let (parent, name) = (InodeNo(what.parent), what.name.clone());
+        let anonymous = what.anonymous;
+        let answer = self.inner.master.mutate(cred, mutation::Op::Create(what)).await;
+        let cache = &self.inner.cache;
+        let made = answer.and_then(|body| match body {
+            answer::Body::Entry(made) => Ok(Entry { attr: attr_of(made.attr)?, created: made.created }),
+            other => Err(unexpected(&other)),
+        });
+        match made {
+            Ok(made) => {
+                cache.learn(&made.attr);
+                if made.created {
+                    cache.forget_attr(parent);
+                }
+                if !anonymous {
+                    cache.set_name(parent, &name, Some(InodeNo(made.attr.ino)));
+                }
+                Ok(Entry { attr: self.inner.overlaid(made.attr), ..made })
+            }
+            Err(error) => {
+                cache.forget_name(parent, &name);
+                cache.forget_attr(parent);
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes a regular file and opens it in one step; without `exclusive` a file that is there is opened.
+    ///
+    /// # Errors
+    /// As [`Client::create`], and as [`Client::open`] for a file that was there.
+    pub async fn create_open(
+        &self,
+        cred: &Cred,
+        what: v1::Create,
+        flags: OpenFlags,
+    ) -> FsResult<(Entry, Arc<OpenFile>)> {
+        let made = self.create(cred, v1::Create { open: true, ..what }).await?;
+        let ino = InodeNo(made.attr.ino);
+        if made.created {
+            let state = self.inner.files.opened(ino);
+            if made.attr.nlink == 0 {
+                self.inner.files.unlinked(ino);
+            }
+            // A new file has no slices: its first read need not ask.
+            let layout = v1::Layout { complete_to: u64::MAX, attr: Some(made.attr), ..v1::Layout::default() };
+            self.inner.data.learn_layout(ino, &layout);
+            return Ok((made, OpenFile::new(state, cred, flags)));
+        }
+        // Found, not made: creating did not check the right to open it. The open that the creation counted is given
+        // back once the checked one is counted, so that the file cannot vanish in between.
+        let opened = self.open(cred, ino, flags).await;
+        self.inner.session.hold_later(&own_cred(), hold::Op::Close(v1::Close { ino: ino.get() })).await?;
+        let file = opened?;
+        let attr = self.inner.attr_now(ino).await?;
+        Ok((Entry { attr, created: false }, file))
+    }
+
+    /// Removes a name that is not a directory's. A file that is open lives on until it is closed.
+    ///
+    /// # Errors
+    /// ErrorNotFound, ErrorIsDir, ErrorAccess, ErrorNotPermitted (sticky directory), and the session's.
+    pub async fn unlink(&self, cred: &Cred, parent: InodeNo, name: &[u8]) -> FsResult<()> {
+        self.inner.remove(cred, parent, name, false).await
+    }
+
+    /// Removes an empty directory.
+    ///
+    /// # Errors
+    /// ErrorNotEmpty, and those of [`Client::unlink`].
+    pub async fn rmdir(&self, cred: &Cred, parent: InodeNo, name: &[u8]) -> FsResult<()> {
+        self.inner.remove(cred, parent, name, true).await
+    }
+
+    /// Renames, replacing what has the new name; or, with `exchange`, swaps two names. The bytes this client holds of
+    /// what is moved are flushed before, so that no crash shows an empty file under the new name.
+    ///
+    /// # Errors
+    /// As rename(2), and those of the flush.
+    #[expect(clippy::too_many_arguments, reason = "they are renameat2's")]
+    pub async fn rename(
+        &self,
+        cred: &Cred,
+        parent: InodeNo,
+        name: &[u8],
+        new_parent: InodeNo,
+        new_name: &[u8],
+        no_replace: bool,
+        exchange: bool,
+    ) -> FsResult<()> {
+        check_name(name)?;
+        check_name(new_name)?;
+        self.inner.flush_named(cred, parent, name).await?;
+        if exchange {
+            self.inner.flush_named(cred, new_parent, new_name).await?;
+        }
+        let change = v1::Rename {
+            parent: parent.get(),
+            name: Bytes::copy_from_slice(name),
+            new_parent: new_parent.get(),
+            new_name: Bytes::copy_from_slice(new_name),
+            no_replace,
+            exchange,
+        };
+        let cache = &self.inner.cache;
+        let answer = self.inner.master.mutate(cred, mutation::Op::Rename(change)).await;
+        cache.forget_attr(parent);
+        cache.forget_attr(new_parent);
+        match answer {
+            Ok(answer::Body::Renamed(renamed)) => {
+                let ino = |attr: &Option<Attr>| attr.as_ref().map(|attr| InodeNo(attr.ino));
+                // The old name first: both may be the same (a rename onto another link of the same inode does nothing).
+                match (exchange, ino(&renamed.moved), ino(&renamed.replaced)) {
+                    (_, None, _) => {
+                        cache.forget_name(parent, name);
+                        cache.forget_name(new_parent, new_name);
+                    }
+                    (true, Some(moved), replaced) => {
+                        match replaced {
+                            Some(replaced) => cache.set_name(parent, name, Some(replaced)),
+                            None => cache.forget_name(parent, name),
+                        }
+                        cache.set_name(new_parent, new_name, Some(moved));
+                    }
+                    (false, Some(moved), replaced) => {
+                        // Renaming one link onto another of the same inode leaves both names.
+                        if replaced == Some(moved) || (parent, name) == (new_parent, new_name) {
+                            cache.forget_name(parent, name);
+                        } else {
+                            cache.set_name(parent, name, None);
+                        }
+                        cache.set_name(new_parent, new_name, Some(moved));
+                    }
+                }
+                for attr in [renamed.moved, renamed.replaced].into_iter().flatten() {
+                    self.inner.learn_linked(&attr);
+                }
+                Ok(())
+            }
+            Ok(other) => Err(unexpected(&other)),
+            Err(error) => {
+                cache.forget_name(parent, name);
+                cache.forget_name(new_parent, new_name);
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives an inode one more name. The bytes this client holds of it are flushed before.
+    ///
+    /// # Errors
+    /// ErrorExists, ErrorNotPermitted (a directory), ErrorTooManyLinks, and those of the flush.
+    pub async fn link(
+        &self,
+        cred: &Cred,
+        ino: InodeNo,
+        new_parent: InodeNo,
+        new_name: &[u8],
+    ) -> FsResult<Attr> {
+        check_name(new_name)?;
+        self.inner.flush_if_dirty(ino).await?;
+        let change = v1::Link {
+            ino: ino.get(),
+            new_parent: new_parent.get(),
+            new_name: Bytes::copy_from_slice(new_name),
+        };
+        let answer = self.inner.master.mutate(cred, mutation::Op::Link(change)).await.and_then(entry);
+        let cache = &self.inner.cache;
+        cache.forget_attr(new_parent);
+        match answer {
+            Ok(attr) => {
+                cache.set_name(new_parent, new_name, Some(ino));
+                cache.learn(&attr);
+                self.inner.files.linked(ino);
+                Ok(self.inner.overlaid(attr))
+            }
+            Err(error) => {
+                cache.forget_name(new_parent, new_name);
+                cache.forget_attr(ino);
+                Err(error)
+            }
+        }
+    }
+
+    /// Where a symlink points.
+    ///
+    /// # Errors
+    /// ErrorInvalid when it is no symlink, and the session's.
+    pub async fn readlink(&self, ino: InodeNo) -> FsResult<Bytes> {
+        let question = query::Op::ReadLink(v1::ReadLink { ino: ino.get() });
+        match self.inner.master.query(&own_cred(), question).await? {
+            answer::Body::Data(target) => Ok(target),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+impl Inner {
+    async fn remove(&self, cred: &Cred, parent: InodeNo, name: &[u8], directory: bool) -> FsResult<()> {
+        check_name(name)?;
+        let change = v1::Unlink { parent: parent.get(), name: Bytes::copy_from_slice(name), directory };
+        let answer = self.master.mutate(cred, mutation::Op::Unlink(change)).await;
+        self.cache.forget_attr(parent);
+        match answer {
+            Ok(body) => {
+                self.cache.set_name(parent, name, None);
+                if let answer::Body::Unlinked(v1::Unlinked { attr: Some(attr) }) = body {
+                    self.learn_linked(&attr);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.cache.forget_name(parent, name);
+                Err(error)
+            }
+        }
+    }
+
+    /// Keeps the attributes of an inode that may have lost its last name. What is held of a file without names and
+    /// opens need not be written.
+    fn learn_linked(&self, attr: &Attr) {
+        self.cache.learn(attr);
+        let ino = InodeNo(attr.ino);
+        if attr.nlink == 0 && attr.kind == v1::Kind::File as i32 && !self.files.unlinked(ino) {
+            self.data.discard(ino);
+        }
+    }
+
+    /// Flushes what is held of the inode behind a name. Only inodes in [`super::files::Files`] can have such bytes, so
+    /// mostly nothing is asked. A name that is not there is the next operation's to report.
+    async fn flush_named(&self, cred: &Cred, parent: InodeNo, name: &[u8]) -> FsResult<()> {
+        if self.files.is_empty() && self.background.is_idle() {
+            return Ok(());
+        }
+        let ino = match self.cache.name(parent, name) {
+            Some((ino, _)) => ino,
+            None => self.lookup_at_master(cred, parent, name).await.ok().map(|attr| InodeNo(attr.ino)),
+        };
+        match ino {
+            Some(ino) => self.flush_if_dirty(ino).await,
+            None => Ok(()),
+        }
+    }
+}

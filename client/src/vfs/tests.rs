@@ -1,0 +1,1 @@
+//! Client operations against an in-memory master and data plane.
