@@ -1,0 +1,145 @@
+//! Who may talk Raft: a master of the same cluster, shown by a MAC under the cluster key over every message.
+
+use super::codec::{Body, Envelope, invalid};
+use bytes::Bytes;
+use dfs_proto::PROTOCOL_VERSION;
+use dfs_proto::token::ClusterKey;
+use dfs_proto::v1;
+use prost::Message;
+use std::io;
+use tonic::Status;
+
+const MESSAGE: &str = "raft message";
+const PART: &str = "raft snapshot part";
+
+/// This master's identity among the others.
+#[derive(Clone)]
+pub struct Auth {
+    pub id: u64,
+    pub cluster: String,
+    pub key: ClusterKey,
+}
+
+impl Auth {
+    /// A message with its proof.
+    pub fn seal(&self, to: u64, call: u64, body: Body) -> v1::RaftMessage {
+        let body = Bytes::from(Envelope { from: self.id, to, call, body: Some(body) }.encode_to_vec());
+        let proof = self.key.mac(MESSAGE, &body).to_vec().into();
+        v1::RaftMessage {
+            id: call,
+            version: PROTOCOL_VERSION,
+            cluster_id: self.cluster.clone(),
+            body,
+            entries: Vec::new(),
+            proof,
+        }
+    }
+
+    /// Checks a message: version, cluster, proof, and that it is for this master.
+    ///
+    /// # Errors
+    /// The refusal to answer with.
+    pub fn open(&self, message: v1::RaftMessage) -> Result<Envelope, Status> {
+        self.check_peer(message.version, &message.cluster_id)?;
+        if !self.key.verify(MESSAGE, &message.body, &message.proof) {
+            return Err(Status::unauthenticated("the message's proof is wrong: another cluster key?"));
+        }
+        let envelope = Envelope::decode(message.body)
+            .map_err(|error| Status::invalid_argument(format!("a message that cannot be read: {error}")))?;
+        if envelope.to != self.id {
+            return Err(Status::failed_precondition(format!(
+                "this is master {}, not master {}: check the peers' addresses",
+                self.id, envelope.to
+            )));
+        }
+        Ok(envelope)
+    }
+
+    fn check_peer(&self, version: u32, cluster: &str) -> Result<(), Status> {
+        if version != PROTOCOL_VERSION {
+            return Err(Status::failed_precondition(format!(
+                "protocol version {version}, this master speaks {PROTOCOL_VERSION}"
+            )));
+        }
+        if cluster != self.cluster {
+            return Err(Status::permission_denied(format!("cluster {cluster}, this is cluster {}", self.cluster)));
+        }
+        Ok(())
+    }
+
+    /// A part of a snapshot's bytes; `head` is the sealed first message in the first part, empty in the others.
+    pub fn seal_part(&self, call: u64, offset: u64, data: Bytes, head: Bytes, last: bool) -> v1::SnapshotPart {
+        let proof = self.key.mac(PART, &part_bytes(call, offset, &data, last)).to_vec().into();
+        let (version, cluster_id) = (PROTOCOL_VERSION, self.cluster.clone());
+        v1::SnapshotPart { version, cluster_id, meta: head, data, last, proof }
+    }
+
+    /// Checks a part of the snapshot `call` whose bytes stand at `offset`.
+    ///
+    /// # Errors
+    /// The refusal to answer with.
+    pub fn open_part(&self, call: u64, offset: u64, part: &v1::SnapshotPart) -> Result<(), Status> {
+        self.check_peer(part.version, &part.cluster_id)?;
+        if !self.key.verify(PART, &part_bytes(call, offset, &part.data, part.last), &part.proof) {
+            return Err(Status::unauthenticated("the snapshot part's proof is wrong"));
+        }
+        Ok(())
+    }
+}
+
+fn part_bytes(call: u64, offset: u64, data: &[u8], last: bool) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(17 + data.len());
+    bytes.extend(call.to_le_bytes());
+    bytes.extend(offset.to_le_bytes());
+    bytes.push(u8::from(last));
+    bytes.extend(data);
+    bytes
+}
+
+/// The body of a reply.
+///
+/// # Errors
+/// When the other master could not do what was asked, or sent none.
+pub fn reply_body(envelope: Envelope) -> io::Result<Body> {
+    match envelope.body {
+        Some(Body::Failed(reason)) => Err(io::Error::other(reason)),
+        Some(body) => Ok(body),
+        None => Err(invalid("a reply of an unknown kind")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raft::codec::ProbeRow;
+
+    fn auth(id: u64, key: &[u8]) -> Auth {
+        let key = ClusterKey::new(key).unwrap();
+        Auth { id, cluster: key.cluster_id(), key }
+    }
+
+    #[test]
+    fn only_a_master_of_the_cluster_is_heard() {
+        let (one, two) = (auth(1, b"0123456789abcdef"), auth(2, b"0123456789abcdef"));
+        let message = one.seal(2, 7, Body::Probe(ProbeRow {}));
+        let envelope = two.open(message.clone()).unwrap();
+        assert_eq!((envelope.from, envelope.call), (1, 7));
+        assert!(one.open(message.clone()).unwrap_err().message().contains("this is master 1"));
+        let stranger = auth(2, b"fedcba9876543210");
+        assert_eq!(stranger.open(message.clone()).unwrap_err().code(), tonic::Code::PermissionDenied);
+        let forged = v1::RaftMessage { cluster_id: stranger.cluster.clone(), ..message.clone() };
+        assert_eq!(stranger.open(forged).unwrap_err().code(), tonic::Code::Unauthenticated);
+        let newer = v1::RaftMessage { version: PROTOCOL_VERSION + 1, ..message };
+        assert!(two.open(newer).unwrap_err().message().contains("protocol version"));
+    }
+
+    #[test]
+    fn snapshot_parts_cannot_be_moved_or_cut_off() {
+        let one = auth(1, b"0123456789abcdef");
+        let part = one.seal_part(7, 10, Bytes::from_static(b"abc"), Bytes::new(), false);
+        assert!(one.open_part(7, 10, &part).is_ok());
+        assert!(one.open_part(7, 11, &part).is_err());
+        assert!(one.open_part(8, 10, &part).is_err());
+        assert!(one.open_part(7, 10, &v1::SnapshotPart { last: true, ..part }).is_err());
+    }
+}

@@ -1,0 +1,182 @@
+//! A consistent view of the state for a snapshot, read piece by piece while the state goes on changing.
+//!
+//! An export walks the keys in order; its cursor is the first key not read yet. Before a batch changes a key at or above
+//! the cursor, the value from the time the export began (the pre-image) is put aside; reading a piece takes what was put
+//! aside in place of what the store says. A key is put aside once, as only its first change hides its old value.
+
+use crate::state::{Kv, WriteSet, keys};
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::ControlFlow;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Rows in key order.
+pub type Rows = Vec<(Vec<u8>, Vec<u8>)>;
+
+/// The export that may be under way, and the gate that every change of the store goes through.
+#[derive(Default)]
+pub struct Exports {
+    /// Taken before anything is read from or written to the store.
+    active: Mutex<Option<Export>>,
+}
+
+struct Export {
+    number: u64,
+    cursor: Vec<u8>,
+    /// Pre-images of keys at or above the cursor; None: there was no such key.
+    kept: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+}
+
+/// What reading an export gives.
+pub enum Piece {
+    Rows(Rows),
+    End,
+    /// Another export or a new state took its place.
+    Cancelled,
+}
+
+impl Exports {
+    fn active(&self) -> MutexGuard<'_, Option<Export>> {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins an export of the state as it is now; an earlier one is cancelled. Answers its number.
+    pub fn begin(&self, number: u64) {
+        *self.active() = Some(Export { number, cursor: keys::everything().0, kept: BTreeMap::new() });
+    }
+
+    /// Ends the export, if it is still under way.
+    pub fn end(&self, number: u64) {
+        let mut active = self.active();
+        if active.as_ref().is_some_and(|export| export.number == number) {
+            *active = None;
+        }
+    }
+
+    /// Ends whatever export is under way: the state is about to be replaced.
+    pub fn cancel(&self) {
+        *self.active() = None;
+    }
+
+    /// Changes the store.
+    ///
+    /// # Errors
+    /// When the store cannot be read or written.
+    pub fn apply(&self, kv: &dyn Kv, writes: &WriteSet) -> io::Result<()> {
+        let mut active = self.active();
+        if let Some(export) = active.as_mut() {
+            for key in writes.range(export.cursor.clone()..).map(|(key, _)| key) {
+                if !export.kept.contains_key(key) {
+                    export.kept.insert(key.clone(), kv.get(key)?);
+                }
+            }
+        }
+        kv.apply(writes)
+    }
+
+    /// The next rows of the export, about `max_bytes` of them.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn next(&self, kv: &dyn Kv, number: u64, max_bytes: usize) -> io::Result<Piece> {
+        let mut active = self.active();
+        let Some(export) = active.as_mut().filter(|export| export.number == number) else {
+            return Ok(Piece::Cancelled);
+        };
+        let end = keys::everything().1;
+        let (mut rows, mut bytes, mut full) = (BTreeMap::new(), 0, false);
+        kv.scan(&export.cursor, &end, &mut |key, value| {
+            bytes += key.len() + value.len();
+            rows.insert(key.to_vec(), value.to_vec());
+            full = bytes >= max_bytes;
+            if full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?;
+        // The least key that this piece says nothing about.
+        let next = match rows.last_key_value() {
+            Some((last, _)) if full => [last.as_slice(), &[0]].concat(),
+            _ => end,
+        };
+        let later = export.kept.split_off(&next);
+        for (key, value) in std::mem::replace(&mut export.kept, later) {
+            match value {
+                Some(value) => rows.insert(key, value),
+                None => rows.remove(&key),
+            };
+        }
+        let ended = export.cursor >= next;
+        export.cursor = next;
+        // A piece may be empty although more follows: everything in it was new since the export began.
+        Ok(if ended { Piece::End } else { Piece::Rows(rows.into_iter().collect()) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::MemKv;
+    use proptest::prelude::*;
+
+    fn writes() -> impl Strategy<Value = WriteSet> {
+        prop::collection::btree_map(
+            (1_u8..4, 0_u8..20).prop_map(|(tag, key)| vec![tag, key]),
+            prop::option::of(prop::collection::vec(any::<u8>(), 0..4)),
+            0..8,
+        )
+    }
+
+    fn rows(kv: &MemKv) -> Rows {
+        let (from, to) = keys::everything();
+        let mut rows = Rows::new();
+        kv.scan(&from, &to, &mut |key, value| {
+            rows.push((key.to_vec(), value.to_vec()));
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        rows
+    }
+
+    proptest! {
+        #[test]
+        fn an_export_shows_the_state_at_its_beginning_whatever_is_written_meanwhile(
+            before in prop::collection::vec(writes(), 0..8),
+            meanwhile in prop::collection::vec((writes(), any::<bool>()), 0..40),
+            piece in 1_usize..40,
+        ) {
+            let (kv, exports) = (MemKv::new(), Exports::default());
+            for writes in &before {
+                exports.apply(&kv, writes).unwrap();
+            }
+            let expected = rows(&kv);
+            exports.begin(7);
+            let mut seen = Rows::new();
+            let mut steps = meanwhile.into_iter();
+            loop {
+                if let Some((writes, pause)) = steps.next() {
+                    exports.apply(&kv, &writes).unwrap();
+                    if pause {
+                        continue;
+                    }
+                }
+                match exports.next(&kv, 7, piece).unwrap() {
+                    Piece::Rows(rows) => seen.extend(rows),
+                    Piece::End => break,
+                    Piece::Cancelled => panic!("nobody cancelled it"),
+                }
+            }
+            prop_assert_eq!(seen, expected);
+            exports.end(7);
+            prop_assert!(exports.active().is_none());
+        }
+    }
+
+    #[test]
+    fn a_later_export_cancels_the_earlier_one() {
+        let (kv, exports) = (MemKv::new(), Exports::default());
+        exports.begin(1);
+        exports.begin(2);
+        assert!(matches!(exports.next(&kv, 1, 9).unwrap(), Piece::Cancelled));
+        exports.end(1);
+        assert!(matches!(exports.next(&kv, 2, 9).unwrap(), Piece::Rows(rows) if rows.is_empty()));
+        assert!(matches!(exports.next(&kv, 2, 9).unwrap(), Piece::End));
+    }
+}

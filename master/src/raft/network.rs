@@ -1,0 +1,390 @@
+//! The way to the other masters: one long-lived stream to each, made on demand and made again after a failure.
+
+use super::auth::{Auth, reply_body};
+use super::codec::{self, AppendRow, AppliedRow, Body, SnapshotRow, VoteRequestRow};
+use super::types::{LogId, Raft, TypeConfig, Vote};
+use dfs_env::Env;
+use dfs_env::rpc::{self, Tuning};
+use dfs_proto::limits;
+use dfs_proto::v1;
+use dfs_proto::v1::raft_client::RaftClient;
+use openraft::error::{Fatal, NetworkError, RPCError, RaftError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{Backoff, RPCOption, RaftNetwork, RaftNetworkFactory};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse,
+};
+use openraft::{BasicNode, OptionalSend, Snapshot};
+use prost::Message;
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+/// Calls that wait for one master at most.
+const CALLS_MAX: usize = 256;
+/// A stream on which nothing was answered for so long is made again.
+const SILENCE: Duration = Duration::from_secs(3);
+/// Between two attempts to connect.
+const RECONNECT: Duration = Duration::from_millis(50);
+/// A part of a snapshot, in bytes, and how long one may take.
+const PART_BYTES: usize = 512 << 10;
+const PART_TIME: Duration = Duration::from_secs(10);
+/// How long a follower may take to install a snapshot that it has received.
+const INSTALL_TIME: Duration = Duration::from_secs(600);
+
+struct Call {
+    body: Body,
+    reply: oneshot::Sender<io::Result<Body>>,
+}
+
+/// The links to all masters; clones share them.
+#[derive(Clone)]
+pub struct Network {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    env: Env,
+    auth: Auth,
+    /// Where masters are, as this master's own settings say; they overrule the replicated membership.
+    addresses: BTreeMap<u64, String>,
+    links: Mutex<BTreeMap<(u64, String), mpsc::Sender<Call>>>,
+}
+
+/// The way to one master.
+pub struct Peer {
+    network: Network,
+    id: u64,
+    address: String,
+}
+
+impl Network {
+    pub fn new(env: Env, auth: Auth, addresses: BTreeMap<u64, String>) -> Self {
+        Self { shared: Arc::new(Shared { env, auth, addresses, links: Mutex::default() }) }
+    }
+
+    /// Where a master is; `known` is what the membership says.
+    pub fn address(&self, id: u64, known: &str) -> String {
+        self.shared.addresses.get(&id).map_or(known, String::as_str).to_owned()
+    }
+
+    /// The way to a master.
+    pub fn peer(&self, id: u64, known: &str) -> Peer {
+        Peer { network: self.clone(), id, address: self.address(id, known) }
+    }
+
+    /// Ends all streams. Later calls fail.
+    pub fn close(&self) {
+        self.shared.links.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    fn link(&self, id: u64, address: &str) -> mpsc::Sender<Call> {
+        let mut links = self.shared.links.lock().unwrap_or_else(PoisonError::into_inner);
+        let link = links.entry((id, address.to_owned())).or_insert_with(|| {
+            let (sender, receiver) = mpsc::channel(CALLS_MAX);
+            let (env, auth) = (self.shared.env.clone(), self.shared.auth.clone());
+            tokio::spawn(run_link(env, auth, id, address.to_owned(), receiver));
+            sender
+        });
+        link.clone()
+    }
+}
+
+fn unreachable(error: io::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::NotConnected, error)
+}
+
+impl Peer {
+    /// Asks the master something; waits for `bound` at most.
+    ///
+    /// # Errors
+    /// When it cannot be reached, does not answer in time or refuses.
+    pub async fn call(&self, body: Body, bound: Duration) -> io::Result<Body> {
+        let (reply, answer) = oneshot::channel();
+        let link = self.network.link(self.id, &self.address);
+        link.try_send(Call { body, reply })
+            .map_err(|_| io::Error::other(format!("too many calls wait for master {}", self.id)))?;
+        match timeout(bound, answer).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(unreachable(io::Error::other("the connection was closed"))),
+            Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {bound:?}"))),
+        }
+    }
+
+    async fn send_snapshot(&self, vote: Vote, snapshot: Snapshot<TypeConfig>) -> io::Result<Vote> {
+        let Shared { env, auth, .. } = &*self.network.shared;
+        let channel = rpc::connect(env, &self.address, Tuning::default()).await?;
+        let mut client = RaftClient::new(channel);
+        let call = env.random();
+        let meta = AppliedRow::of_snapshot(&snapshot.meta, &auth.cluster);
+        let head = auth.seal(self.id, call, Body::Snapshot(SnapshotRow { vote: Some((&vote).into()), meta: Some(meta) }));
+        let (sender, receiver) = mpsc::channel(2);
+        let feed = async {
+            let (mut head, mut at) = (bytes::Bytes::from(head.encode_to_vec()), 0);
+            loop {
+                let data = snapshot.snapshot.as_ref().clone();
+                let part = env.blocking(move || data.read_at(at, PART_BYTES)).await?;
+                let (length, last) = (part.len() as u64, part.is_empty());
+                let part = auth.seal_part(call, at, part, std::mem::take(&mut head), last);
+                match timeout(PART_TIME, sender.send(part)).await {
+                    Ok(Ok(())) => {}
+                    // The follower has ended the transfer: its answer says why.
+                    Ok(Err(_)) => return Ok(()),
+                    Err(_) => return Err(io::Error::new(io::ErrorKind::TimedOut, "no progress with the snapshot")),
+                }
+                if last {
+                    drop(sender);
+                    return Ok(());
+                }
+                at += length;
+            }
+        };
+        let answer = async {
+            match timeout(INSTALL_TIME, client.snapshot(ReceiverStream::new(receiver))).await {
+                Ok(Ok(answer)) => reply_body(auth.open(answer.into_inner()).map_err(io::Error::other)?),
+                Ok(Err(status)) => Err(io::Error::other(status.message().to_owned())),
+                Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "the snapshot was not installed in time")),
+            }
+        };
+        let (fed, answer) = tokio::join!(feed, answer);
+        match (fed, answer?) {
+            (Err(error), _) => Err(error),
+            (Ok(()), Body::Installed(row)) => codec::vote(row.vote.as_ref()),
+            _ => Err(codec::invalid("an unexpected answer to a snapshot")),
+        }
+    }
+}
+
+async fn open_stream(
+    env: &Env,
+    address: &str,
+) -> io::Result<(mpsc::Sender<v1::RaftMessage>, Streaming<v1::RaftMessage>, Channel)> {
+    let channel = rpc::connect(env, address, Tuning::default()).await?;
+    let mut client = RaftClient::new(channel.clone())
+        .max_decoding_message_size(limits::MESSAGE_MAX)
+        .max_encoding_message_size(limits::MESSAGE_MAX);
+    let (sender, receiver) = mpsc::channel(CALLS_MAX);
+    let bound = Duration::from_millis(limits::CONNECT_MS);
+    match timeout(bound, client.append(ReceiverStream::new(receiver))).await {
+        Ok(Ok(answer)) => Ok((sender, answer.into_inner(), channel)),
+        Ok(Err(status)) => Err(io::Error::other(format!("{address}: {}", status.message()))),
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("{address}: no answer within {bound:?}"))),
+    }
+}
+
+/// Owns the stream to one master until nobody calls any more.
+async fn run_link(env: Env, auth: Auth, to: u64, address: String, mut calls: mpsc::Receiver<Call>) {
+    let mut told = false;
+    while let Some(first) = calls.recv().await {
+        match open_stream(&env, &address).await {
+            Ok((sender, replies, _channel)) => {
+                told = false;
+                if let Err(error) = serve_stream(&auth, to, &sender, replies, first, &mut calls).await {
+                    tracing::info!(master = to, %address, %error, "lost the connection to a master");
+                }
+            }
+            Err(error) => {
+                if !told {
+                    tracing::info!(master = to, %error, "cannot reach a master");
+                    told = true;
+                }
+                let mut waiting = Some(first);
+                while let Some(call) = waiting {
+                    let copy = io::Error::new(io::ErrorKind::NotConnected, error.to_string());
+                    drop(call.reply.send(Err(copy)));
+                    waiting = calls.try_recv().ok();
+                }
+            }
+        }
+        sleep(RECONNECT).await;
+    }
+}
+
+async fn serve_stream(
+    auth: &Auth,
+    to: u64,
+    sender: &mpsc::Sender<v1::RaftMessage>,
+    mut replies: Streaming<v1::RaftMessage>,
+    first: Call,
+    calls: &mut mpsc::Receiver<Call>,
+) -> io::Result<()> {
+    // Dropped at the end, with which every call that still waits fails.
+    let mut waiting: BTreeMap<u64, oneshot::Sender<io::Result<Body>>> = BTreeMap::new();
+    let (mut number, mut next, mut heard) = (0, Some(first), Instant::now());
+    loop {
+        if let Some(call) = next.take() {
+            number += 1;
+            if waiting.is_empty() {
+                heard = Instant::now();
+            }
+            if waiting.len() >= CALLS_MAX {
+                return Err(io::Error::other("too many calls without an answer"));
+            }
+            waiting.insert(number, call.reply);
+            sender
+                .try_send(auth.seal(to, number, call.body))
+                .map_err(|_| io::Error::other("the connection takes nothing more"))?;
+        }
+        tokio::select! {
+            reply = replies.message() => match reply {
+                Ok(Some(message)) => {
+                    heard = Instant::now();
+                    let envelope = auth.open(message).map_err(|status| io::Error::other(status.message().to_owned()))?;
+                    if let Some(reply) = waiting.remove(&envelope.call) {
+                        drop(reply.send(reply_body(envelope)));
+                    }
+                }
+                Ok(None) => return Err(io::Error::other("closed by the other side")),
+                Err(status) => return Err(io::Error::other(status.message().to_owned())),
+            },
+            call = calls.recv() => match call {
+                Some(call) => next = Some(call),
+                None => return Ok(()),
+            },
+            () = sleep_until(heard + SILENCE), if !waiting.is_empty() => return Err(io::Error::other("no answer")),
+        }
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for Network {
+    type Network = Peer;
+
+    async fn new_client(&mut self, target: u64, node: &BasicNode) -> Peer {
+        self.peer(target, &node.addr)
+    }
+}
+
+type RpcError = RPCError<u64, BasicNode, RaftError<u64>>;
+
+fn rpc_error(error: &io::Error) -> RpcError {
+    if error.kind() == io::ErrorKind::NotConnected {
+        // openraft waits for the backoff below before it tries again.
+        RPCError::Unreachable(Unreachable::new(error))
+    } else {
+        RPCError::Network(NetworkError::new(error))
+    }
+}
+
+impl RaftNetwork<TypeConfig> for Peer {
+    async fn append_entries(
+        &mut self,
+        request: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<u64>, RpcError> {
+        let row = AppendRow {
+            vote: Some((&request.vote).into()),
+            previous: codec::log_id_row(request.prev_log_id.as_ref()),
+            commit: codec::log_id_row(request.leader_commit.as_ref()),
+            entries: request.entries.iter().map(codec::entry_row).collect(),
+        };
+        match self.call(Body::Append(row), option.hard_ttl()).await {
+            Ok(Body::Appended(row)) => Ok(match row.higher {
+                Some(vote) => AppendEntriesResponse::HigherVote((&vote).into()),
+                None if row.success => AppendEntriesResponse::Success,
+                None if row.partial => AppendEntriesResponse::PartialSuccess(codec::log_id(row.matched.as_ref())),
+                None => AppendEntriesResponse::Conflict,
+            }),
+            Ok(_) => Err(rpc_error(&codec::invalid("an unexpected answer to an append"))),
+            Err(error) => Err(rpc_error(&error)),
+        }
+    }
+
+    async fn vote(&mut self, request: VoteRequest<u64>, option: RPCOption) -> Result<VoteResponse<u64>, RpcError> {
+        let row = VoteRequestRow {
+            vote: Some((&request.vote).into()),
+            last: codec::log_id_row(request.last_log_id.as_ref()),
+        };
+        match self.call(Body::Vote(row), option.hard_ttl()).await {
+            Ok(Body::Voted(row)) => {
+                let vote = codec::vote(row.vote.as_ref()).map_err(|error| rpc_error(&error))?;
+                Ok(VoteResponse { vote, vote_granted: row.granted, last_log_id: codec::log_id(row.last.as_ref()) })
+            }
+            Ok(_) => Err(rpc_error(&codec::invalid("an unexpected answer to a vote"))),
+            Err(error) => Err(rpc_error(&error)),
+        }
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: Snapshot<TypeConfig>,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        _option: RPCOption,
+    ) -> Result<SnapshotResponse<u64>, StreamingError<TypeConfig, Fatal<u64>>> {
+        tokio::select! {
+            closed = cancel => Err(closed.into()),
+            sent = self.send_snapshot(vote, snapshot) => match sent {
+                Ok(vote) => Ok(SnapshotResponse::new(vote)),
+                Err(error) => {
+                    // A failed transfer is tried again; not at once.
+                    sleep(Duration::from_millis(500)).await;
+                    Err(StreamingError::Network(NetworkError::new(&error)))
+                }
+            },
+        }
+    }
+
+    fn backoff(&self) -> Backoff {
+        Backoff::new(std::iter::repeat(Duration::from_millis(100)))
+    }
+}
+
+/// Whether a master that can be reached has a cluster already.
+///
+/// # Errors
+/// When it cannot be asked.
+pub async fn probe(peer: &Peer) -> io::Result<bool> {
+    match peer.call(Body::Probe(codec::ProbeRow {}), Duration::from_secs(2)).await? {
+        Body::Probed(row) => Ok(row.initialized),
+        _ => Err(codec::invalid("an unexpected answer to a probe")),
+    }
+}
+
+/// What a message between masters makes this master do.
+///
+/// # Errors
+/// When Raft has stopped or the message is malformed.
+pub async fn dispatch(raft: &Raft, body: Option<Body>) -> io::Result<Body> {
+    match body {
+        Some(Body::Append(row)) => {
+            let request = AppendEntriesRequest {
+                vote: codec::vote(row.vote.as_ref())?,
+                prev_log_id: codec::log_id(row.previous.as_ref()),
+                leader_commit: codec::log_id(row.commit.as_ref()),
+                entries: row.entries.into_iter().map(TryInto::try_into).collect::<io::Result<_>>()?,
+            };
+            let mut answer = codec::AppendedRow::default();
+            match raft.append_entries(request).await.map_err(io::Error::other)? {
+                AppendEntriesResponse::Success => answer.success = true,
+                AppendEntriesResponse::PartialSuccess(matched) => {
+                    answer.partial = true;
+                    answer.matched = codec::log_id_row(matched.as_ref());
+                }
+                AppendEntriesResponse::Conflict => {}
+                AppendEntriesResponse::HigherVote(vote) => answer.higher = Some((&vote).into()),
+            }
+            Ok(Body::Appended(answer))
+        }
+        Some(Body::Vote(row)) => {
+            let last: Option<LogId> = codec::log_id(row.last.as_ref());
+            let request = VoteRequest::new(codec::vote(row.vote.as_ref())?, last);
+            let answer = raft.vote(request).await.map_err(io::Error::other)?;
+            Ok(Body::Voted(codec::VotedRow {
+                vote: Some((&answer.vote).into()),
+                granted: answer.vote_granted,
+                last: codec::log_id_row(answer.last_log_id.as_ref()),
+            }))
+        }
+        Some(Body::Probe(_)) => {
+            let initialized = raft.is_initialized().await.map_err(io::Error::other)?;
+            Ok(Body::Probed(codec::ProbedRow { initialized }))
+        }
+        _ => Err(codec::invalid("a message of an unknown kind")),
+    }
+}

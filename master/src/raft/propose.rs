@@ -1,0 +1,200 @@
+//! Group commit: one task packs all commands that wait into one entry of the log.
+//!
+//! Two entries are under way at a time: while the first is being synced and replicated, the second is ready to follow
+//! without a pause; what comes meanwhile makes the third. More would only make entries smaller.
+
+use super::types::{Payload, Raft, TypeConfig};
+use super::{Leadership, NotLeader};
+use crate::state::{Applied, BATCH_VERSION, Kv, cluster_row};
+use dfs_env::Env;
+use dfs_proto::v1::{self, Timestamp};
+use dfs_proto::{limits, v1::Batch};
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use openraft::error::ClientWriteError;
+use openraft::raft::ClientWriteResult;
+use prost::Message;
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Entries under way at a time.
+const PIPELINE: usize = 2;
+/// How long an entry may take to be committed and applied before its callers are told that nobody knows.
+const COMMIT_TIME: Duration = Duration::from_secs(10);
+
+/// A command and who waits for its answer.
+pub struct Proposal {
+    pub command: v1::Command,
+    pub answer: oneshot::Sender<Result<Applied, NotLeader>>,
+}
+
+type Waiters = Vec<oneshot::Sender<Result<Applied, NotLeader>>>;
+
+pub struct Batcher {
+    pub env: Env,
+    pub raft: Raft,
+    pub kv: Arc<dyn Kv>,
+    pub leadership: watch::Receiver<Leadership>,
+    pub proposals: mpsc::Receiver<Proposal>,
+}
+
+/// Stamps commands with the leader's time, always later than the stamp before.
+struct Stamps {
+    term: u64,
+    last: Timestamp,
+}
+
+impl Stamps {
+    /// The next stamp: the clock's time, or the least time after the last stamp when the clock is behind.
+    fn next(&mut self, clock: Timestamp) -> Timestamp {
+        let after = if self.last.nanos == 999_999_999 {
+            Timestamp { seconds: self.last.seconds + 1, nanos: 0 }
+        } else {
+            Timestamp { nanos: self.last.nanos + 1, ..self.last }
+        };
+        self.last = if clock.key() > after.key() { clock } else { after };
+        self.last
+    }
+}
+
+impl Batcher {
+    /// Runs until nobody can propose any more.
+    pub async fn run(mut self) {
+        let mut waiting: VecDeque<Proposal> = VecDeque::new();
+        let mut arrived = Vec::new();
+        let mut under_way: FuturesUnordered<BoxFuture<'static, ()>> = FuturesUnordered::new();
+        let mut stamps = Stamps { term: 0, last: Timestamp::default() };
+        loop {
+            tokio::select! {
+                biased;
+                changed = self.leadership.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let now = self.leadership.borrow_and_update().clone();
+                    if !now.leading || now.term != stamps.term {
+                        // Dropping them tells their callers that the outcome is unknown.
+                        under_way.clear();
+                        waiting.clear();
+                    }
+                }
+                Some(()) = under_way.next(), if !under_way.is_empty() => {}
+                count = self.proposals.recv_many(&mut arrived, limits::BATCH_COMMANDS_MAX),
+                    if under_way.len() < PIPELINE && waiting.is_empty() =>
+                {
+                    if count == 0 {
+                        return;
+                    }
+                    waiting.extend(arrived.drain(..));
+                }
+            }
+            while under_way.len() < PIPELINE && !waiting.is_empty() {
+                // What came since belongs into the same entry.
+                while waiting.len() < limits::BATCH_COMMANDS_MAX {
+                    let Ok(proposal) = self.proposals.try_recv() else { break };
+                    waiting.push_back(proposal);
+                }
+                match self.pack(&mut waiting, &mut stamps) {
+                    Ok((batch, waiters)) => match self.raft.client_write_ff(batch).await {
+                        Ok(result) => under_way.push(Box::pin(deliver(result, waiters))),
+                        Err(_) => refuse(waiters, &self.not_leader(false)),
+                    },
+                    Err(error) => {
+                        tracing::error!(%error, "cannot read the cluster's time from the state store");
+                        let refusal = self.not_leader(false);
+                        refuse(waiting.drain(..).map(|proposal| proposal.answer), &refusal);
+                    }
+                }
+            }
+        }
+    }
+
+    fn not_leader(&self, unknown: bool) -> NotLeader {
+        NotLeader { leader: self.leadership.borrow().leader.clone(), unknown }
+    }
+
+    /// Packs as many waiting commands as an entry holds.
+    fn pack(&self, waiting: &mut VecDeque<Proposal>, stamps: &mut Stamps) -> io::Result<(Payload, Waiters)> {
+        let leadership = self.leadership.borrow().clone();
+        if !leadership.leading {
+            let refusal = NotLeader { leader: leadership.leader, unknown: false };
+            refuse(waiting.drain(..).map(|proposal| proposal.answer), &refusal);
+        } else if stamps.term != leadership.term {
+            // All entries of earlier leaders are applied before this one leads: their last stamp is in the state.
+            let row = cluster_row(&*self.kv)?;
+            stamps.last = row.and_then(|row| row.now).unwrap_or_default();
+            stamps.term = leadership.term;
+        }
+        let clock = Timestamp::from_system(self.env.clock.system());
+        let (mut commands, mut waiters, mut bytes) = (Vec::new(), Vec::new(), 0);
+        while let Some(mut proposal) = waiting.pop_front() {
+            bytes += proposal.command.encoded_len() + 16;
+            if !commands.is_empty() && (bytes > limits::BATCH_BYTES_MAX || commands.len() == limits::BATCH_COMMANDS_MAX) {
+                waiting.push_front(proposal);
+                break;
+            }
+            proposal.command.now = Some(stamps.next(clock));
+            commands.push(proposal.command);
+            waiters.push(proposal.answer);
+        }
+        let batch = Batch { version: BATCH_VERSION, commands };
+        Ok((Payload(batch.encode_to_vec().into()), waiters))
+    }
+}
+
+fn refuse(waiters: impl IntoIterator<Item = oneshot::Sender<Result<Applied, NotLeader>>>, refusal: &NotLeader) {
+    for waiter in waiters {
+        // A caller that went away needs no answer.
+        drop(waiter.send(Err(refusal.clone())));
+    }
+}
+
+/// Waits until an entry is applied and hands out its answers.
+async fn deliver(result: oneshot::Receiver<ClientWriteResult<TypeConfig>>, waiters: Waiters) {
+    match tokio::time::timeout(COMMIT_TIME, result).await {
+        Ok(Ok(Ok(response))) => {
+            let answers = response.data.0;
+            if answers.len() != waiters.len() {
+                tracing::error!(answers = answers.len(), commands = waiters.len(), "a batch was not answered one by one");
+                return;
+            }
+            for (waiter, answer) in waiters.into_iter().zip(answers) {
+                drop(waiter.send(Ok(answer)));
+            }
+        }
+        // Refused before it was proposed, or its entry was taken out of the log: either way it is not applied, but
+        // callers repeat by operation id anyway, so there is no need to tell the cases apart.
+        Ok(Ok(Err(ClientWriteError::ForwardToLeader(forward)))) => {
+            let leader = forward.leader_node.map(|node| node.addr);
+            refuse(waiters, &NotLeader { leader, unknown: true });
+        }
+        Ok(Ok(Err(ClientWriteError::ChangeMembershipError(_))) | Err(_)) | Err(_) => {
+            refuse(waiters, &NotLeader { leader: None, unknown: true });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn stamps_only_rise_and_follow_the_clock_when_they_can(
+            start in (0_i64..9, 0_u32..1_000_000_000),
+            clocks in prop::collection::vec((0_i64..9, prop_oneof![0_u32..3, 999_999_997_u32..1_000_000_000]), 1..30),
+        ) {
+            let mut stamps = Stamps { term: 1, last: Timestamp { seconds: start.0, nanos: start.1 } };
+            for (seconds, nanos) in clocks {
+                let (before, clock) = (stamps.last, Timestamp { seconds, nanos });
+                let stamp = stamps.next(clock);
+                prop_assert!(stamp.key() > before.key() && stamp.key() >= clock.key() && stamp.nanos < 1_000_000_000);
+            }
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! A master's storage in memory, which outlives the master: what the simulator restarts a master on.
+//!
+//! It keeps exactly what a disk would have kept: log entries count from the moment that their sync is done, and one that
+//! was not done when the master died is lost.
+
+use super::codec::AppliedRow;
+use super::disk_log::{Flushed, StoredId, StoredPayload};
+use super::types::{LogId, Vote};
+use crate::state::MemKv;
+use bytes::Bytes;
+use raft_log::Callback;
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// The storage of one simulated master. Keep it outside of the master, and start the master on it again after a crash.
+#[derive(Default)]
+pub struct SimStorage {
+    pub(super) kv: MemKv,
+    pub(super) snapshots: Mutex<Vec<(AppliedRow, Bytes)>>,
+    log: Mutex<Log>,
+    /// How long a sync takes.
+    sync: Duration,
+    failing: std::sync::atomic::AtomicBool,
+    owner: Mutex<Option<(String, u64)>>,
+}
+
+#[derive(Default)]
+struct Log {
+    vote: Option<Vote>,
+    purged: Option<StoredId>,
+    entries: BTreeMap<u64, (StoredId, StoredPayload)>,
+    /// Entries from here on are not on disk yet.
+    synced: u64,
+}
+
+impl SimStorage {
+    /// Empty storage whose syncs take no time.
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self::default())
+    }
+
+    /// Empty storage whose syncs take this long.
+    #[must_use]
+    pub fn with_sync_time(sync: Duration) -> Arc<Self> {
+        Arc::new(Self { sync, ..Self::default() })
+    }
+
+    /// From now on every sync fails, as on a broken disk; or works again.
+    pub fn fail_syncs(&self, failing: bool) {
+        self.failing.store(failing, std::sync::atomic::Ordering::SeqCst);
+    }
+
+    /// The state that the master has applied.
+    #[must_use]
+    pub fn kv(&self) -> &dyn crate::state::Kv {
+        &self.kv
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes whose storage this is.
+    ///
+    /// # Errors
+    /// When it is another's already.
+    pub(super) fn claim(&self, cluster: &str, node: u64) -> Result<(), String> {
+        let mut owner = self.owner.lock().unwrap_or_else(PoisonError::into_inner);
+        match owner.as_ref() {
+            Some((its_cluster, its_node)) if its_cluster != cluster || *its_node != node => {
+                Err(format!("the storage belongs to master {its_node} of cluster {its_cluster}"))
+            }
+            _ => {
+                *owner = Some((cluster.to_owned(), node));
+                Ok(())
+            }
+        }
+    }
+
+    async fn sync(&self) -> io::Result<()> {
+        if !self.sync.is_zero() {
+            tokio::time::sleep(self.sync).await;
+        }
+        if self.failing.load(std::sync::atomic::Ordering::SeqCst) {
+            return Err(io::Error::other("the simulated disk does not sync"));
+        }
+        Ok(())
+    }
+}
+
+/// The log in [`SimStorage`]; the same calls as `DiskLog` has.
+#[derive(Clone)]
+pub struct SimLog(Arc<SimStorage>);
+
+impl SimLog {
+    /// The log as it is after a restart: without what was not synced.
+    pub fn open(storage: Arc<SimStorage>) -> Self {
+        {
+            let mut log = storage.log();
+            let synced = log.synced;
+            log.entries.split_off(&synced);
+        }
+        Self(storage)
+    }
+
+    pub fn ends(&self) -> (Option<LogId>, Option<LogId>) {
+        let log = self.0.log();
+        let purged: Option<LogId> = log.purged.as_ref().map(Into::into);
+        (purged, log.entries.values().next_back().map(|(id, _)| id.into()).or(purged))
+    }
+
+    pub fn vote(&self) -> Option<Vote> {
+        self.0.log().vote
+    }
+
+    pub async fn save_vote(&self, vote: Vote) -> io::Result<()> {
+        self.0.sync().await?;
+        self.0.log().vote = Some(vote);
+        Ok(())
+    }
+
+    pub async fn truncate(&self, index: u64) -> io::Result<()> {
+        self.0.sync().await?;
+        let mut log = self.0.log();
+        log.entries.split_off(&index);
+        log.synced = log.synced.min(index);
+        Ok(())
+    }
+
+    pub async fn purge(&self, upto: &LogId) -> io::Result<()> {
+        self.0.sync().await?;
+        let mut log = self.0.log();
+        if log.purged.is_none_or(|purged| purged.2 < upto.index) {
+            log.entries = log.entries.split_off(&(upto.index + 1));
+            log.purged = Some(upto.into());
+            log.synced = log.synced.max(upto.index + 1);
+        }
+        Ok(())
+    }
+
+    pub async fn append(&self, entries: Vec<(StoredId, StoredPayload)>, done: Flushed) -> io::Result<()> {
+        let end = entries.last().map(|(id, _)| id.2 + 1);
+        self.0.log().entries.extend(entries.into_iter().map(|(id, payload)| (id.2, (id, payload))));
+        let result = self.0.sync().await;
+        if result.is_ok() {
+            let mut log = self.0.log();
+            log.synced = end.unwrap_or(log.synced);
+        }
+        done.send(result);
+        Ok(())
+    }
+
+    pub fn read(&self, from: u64, to: u64, max_bytes: usize) -> Vec<(LogId, StoredPayload)> {
+        let (mut found, mut bytes) = (Vec::new(), 0);
+        if from >= to {
+            return found;
+        }
+        for (id, payload) in self.0.log().entries.range(from..to).map(|(_, entry)| entry) {
+            bytes += payload.data.len();
+            found.push((id.into(), payload.clone()));
+            if bytes >= max_bytes {
+                break;
+            }
+        }
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_what_was_synced_outlives_a_restart() {
+        let storage = SimStorage::with_sync_time(Duration::from_millis(20));
+        let log = SimLog::open(Arc::clone(&storage));
+        let entry = |index| (StoredId(1, 1, index), StoredPayload { kind: 0, data: Bytes::new() });
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        log.append(vec![entry(0), entry(1)], Flushed::Caller(sender)).await.unwrap();
+        receiver.await.unwrap().unwrap();
+        let (sender, _receiver) = tokio::sync::oneshot::channel();
+        let unfinished = log.append(vec![entry(2)], Flushed::Caller(sender));
+        assert!(tokio::time::timeout(Duration::from_millis(1), unfinished).await.is_err());
+        assert_eq!(log.read(0, 9, usize::MAX).len(), 3);
+        let log = SimLog::open(storage);
+        assert_eq!(log.read(0, 9, usize::MAX).len(), 2);
+    }
+
+    #[test]
+    fn storage_of_another_master_is_refused() {
+        let storage = SimStorage::new();
+        storage.claim("c", 1).unwrap();
+        storage.claim("c", 1).unwrap();
+        assert!(storage.claim("c", 2).unwrap_err().contains("master 1"));
+    }
+}
