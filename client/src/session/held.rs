@@ -30,6 +30,8 @@ impl Held {
             *count -= 1;
             if *count == 0 {
                 self.opens.remove(&ino);
+                // As the master does: nobody can give them up any more.
+                self.locks.retain(|(locked, _), _| *locked != ino);
             }
         }
     }

@@ -7,6 +7,7 @@ use dfs_env::rpc::{self, Tuning};
 use dfs_proto::v1::session_client::SessionClient;
 use dfs_proto::v1::{ClientFrame, ErrorCode, MasterFrame};
 use dfs_proto::{FsError, limits};
+use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -27,12 +28,20 @@ const SHORT: Duration = Duration::from_secs(1);
 enum End {
     /// The session is over, by our own wish.
     Closed,
-    /// It was welcomed, and broke.
-    Lost { cause: String, short: bool },
-    /// Nothing came of it.
+    /// Nothing came of it, or it broke.
     Failed(String),
     /// The master does not want us; `leader`: where it says to go.
     Refused { error: FsError, leader: Option<String> },
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed => f.write_str("closed"),
+            Self::Failed(cause) => f.write_str(cause),
+            Self::Refused { error, .. } => error.fmt(f),
+        }
+    }
 }
 
 /// Keeps the session connected until it is closed or hopeless.
@@ -41,31 +50,30 @@ pub(super) async fn run(shared: Arc<Shared>) {
     loop {
         let (address, pause) = route.next(shared.env.random());
         let mut closed = shared.closed.subscribe();
+        let attempt = async {
+            tokio::time::sleep(pause).await;
+            attempt(&shared, &address, &mut route).await
+        };
         let end = tokio::select! {
             biased;
             _ = closed.wait_for(|closed| *closed) => End::Closed,
-            end = async {
-                tokio::time::sleep(pause).await;
-                attempt(&shared, &address).await
-            } => end,
+            end = attempt => end,
         };
         match end {
             End::Closed => return shared.finish(),
-            End::Lost { cause, short } => {
-                tracing::info!(%address, %cause, "the master's stream broke; reconnecting");
-                route.lost(short);
+            End::Failed(cause) => {
+                tracing::debug!(%address, %cause, "no session with this master");
                 route.failed(&address, cause);
-                if !short {
-                    route.lost(false);
-                }
             }
-            End::Failed(cause) => route.failed(&address, cause),
             End::Refused { error, .. } if error.code == ErrorCode::ErrorSessionExpired => {
                 tracing::warn!(%address, "the session expired; opening a new one");
                 shared.expired();
                 route.refused(&address, error, None);
             }
-            End::Refused { error, leader } => route.refused(&address, error, leader),
+            End::Refused { error, leader } => {
+                tracing::debug!(%address, %error, ?leader, "the master refused the session");
+                route.refused(&address, error, leader);
+            }
         }
         shared.disconnected(route.causes());
         if let Some(error) = route.hopeless() {
@@ -75,7 +83,7 @@ pub(super) async fn run(shared: Arc<Shared>) {
 }
 
 /// One connection, from dialling to its end.
-async fn attempt(shared: &Arc<Shared>, address: &str) -> End {
+async fn attempt(shared: &Arc<Shared>, address: &str, route: &mut Route) -> End {
     let channel = match rpc::connect(&shared.env, address, Tuning::default()).await {
         Ok(channel) => channel,
         Err(error) => return End::Failed(error.to_string()),
@@ -95,10 +103,17 @@ async fn attempt(shared: &Arc<Shared>, address: &str) -> End {
         Ok(Err(status)) => return End::Failed(describe(&status)),
         Err(_) => return End::Failed(format!("connected, but no welcome within {WELCOME:?}")),
     };
-    match accept(shared, address, first) {
-        Ok(()) => serve(shared, stream).await,
-        Err(end) => end,
+    if let Err(end) = accept(shared, address, first) {
+        return end;
     }
+    let began = Instant::now();
+    tracing::info!(%address, "connected to the leading master");
+    let end = serve(shared, stream).await;
+    if !matches!(end, End::Closed) {
+        tracing::warn!(%address, %end, "the connection to the master broke; looking for the leader");
+    }
+    route.lost(began.elapsed() < SHORT);
+    end
 }
 
 /// The first frame: a welcome or a refusal.
@@ -115,7 +130,7 @@ fn accept(shared: &Arc<Shared>, address: &str, first: MasterFrame) -> Result<(),
         );
         return Err(End::Refused { error: FsError::new(ErrorCode::ErrorVersion, text), leader: None });
     }
-    shared.welcomed(address, welcome)?;
+    shared.take_welcome(address, welcome).map_err(|error| End::Refused { error, leader: None })?;
     shared.answered(first.replies);
     Ok(())
 }
@@ -129,19 +144,12 @@ fn refusal(frame: &MasterFrame) -> Result<(), End> {
     }
 }
 
-impl Shared {
-    fn welcomed(&self, address: &str, welcome: &dfs_proto::v1::Welcome) -> Result<(), End> {
-        self.take_welcome(address, welcome).map_err(|error| End::Refused { error, leader: None })
-    }
-}
-
 /// A welcomed stream, until it ends.
 async fn serve(shared: &Arc<Shared>, mut stream: Streaming<MasterFrame>) -> End {
-    let began = Instant::now();
-    let mut heard = began;
-    let mut asked = began;
+    let mut heard = Instant::now();
+    let mut asked = heard;
     let mut tick = tokio::time::interval(TICK);
-    let lost = |cause: String| End::Lost { cause, short: began.elapsed() < SHORT };
+    let lost = |cause: String| End::Failed(cause);
     loop {
         tokio::select! {
             frame = stream.message() => match frame {

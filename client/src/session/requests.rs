@@ -141,8 +141,10 @@ impl State {
         }
         let mut frame = ClientFrame::default();
         let mut bytes = 0;
+        let newest = self.lowest_unanswered() + limits::DEDUP_WINDOW as u64;
         while let Some(seq) = self.unsent.front().copied() {
-            if frame.requests.len() >= limits::FRAME_REQUESTS_MAX {
+            // Further ahead, the master would forget the answer of the oldest mutation that is still under way.
+            if frame.requests.len() >= limits::FRAME_REQUESTS_MAX || seq >= newest {
                 break;
             }
             if let Some(pending) = self.pending.get_mut(&seq) {
