@@ -8,7 +8,7 @@
 
 use bytes::Bytes;
 use dfs_proto::InodeNo;
-use dfs_proto::v1::Attr;
+use dfs_proto::v1::{Attr, Timestamp};
 use lru::LruCache;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -96,6 +96,35 @@ impl Cache {
         // The entry stays for its version.
         if let Some(known) = self.attr_shard(ino).peek_mut(&ino.get()) {
             known.until = Instant::now();
+        }
+    }
+
+    /// This client's own change at `time` (in the master's time) added to a directory that many entries, directories
+    /// among them; negative: removed. What is known of the directory is brought up to date, so that a program that makes
+    /// many files in it need not ask after each. It cannot be when another change of the same moment was seen first: an
+    /// answer may hold both then.
+    pub fn dir_changed(&self, dir: InodeNo, time: Option<Timestamp>, entries: i64, dirs: i32) {
+        self.changed(dir);
+        let mut shard = self.attr_shard(dir);
+        let Some(known) = shard.peek_mut(&dir.get()) else { return };
+        let key = |time: Option<Timestamp>| time.map(|time| time.key());
+        if time.is_none() || key(known.attr.mtime).max(key(known.attr.ctime)) >= key(time) {
+            known.until = Instant::now();
+            return;
+        }
+        known.attr.version += 1;
+        known.attr.size = known.attr.size.saturating_add_signed(entries);
+        known.attr.nlink = known.attr.nlink.saturating_add_signed(dirs);
+        known.attr.mtime = time;
+        known.attr.ctime = time;
+    }
+
+    /// The master took this access time.
+    pub fn accessed(&self, ino: InodeNo, atime: Timestamp) {
+        if let Some(known) = self.attr_shard(ino).peek_mut(&ino.get())
+            && known.attr.atime.is_none_or(|before| before.key() < atime.key())
+        {
+            known.attr.atime = Some(atime);
         }
     }
 
@@ -224,6 +253,21 @@ mod tests {
         assert_eq!(cache.name(dir, b"a").map(|(ino, _)| ino), Some(Some(InodeNo(10))));
         cache.forget_name(dir, b"a");
         assert!(cache.name(dir, b"a").is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_directory_follows_own_changes_unless_their_order_is_unclear() {
+        let (cache, dir) = (cache(), InodeNo(1));
+        let at = |seconds| Some(Timestamp { seconds, nanos: 0 });
+        cache.learn(&Attr { size: 4, nlink: 3, mtime: at(10), ctime: at(10), ..attr(1, 5) });
+        cache.dir_changed(dir, at(12), 1, 1);
+        let (known, _) = cache.attr(dir).expect("still known");
+        assert_eq!((known.size, known.nlink, known.version, known.mtime), (5, 4, 6, at(12)));
+        // Made before that one, answered after it.
+        cache.dir_changed(dir, at(11), 1, 0);
+        assert!(cache.attr(dir).is_none());
+        cache.accessed(dir, Timestamp { seconds: 20, nanos: 0 });
+        assert_eq!(cache.last_attr(dir).and_then(|attr| attr.atime), at(20));
     }
 
     #[tokio::test(start_paused = true)]

@@ -180,7 +180,8 @@ impl Test {
 fn welcome(session: u64) -> Act {
     let now = Some(Timestamp { seconds: 1000, nanos: 0 });
     let (cluster_id, version) = ("c".to_owned(), dfs_proto::PROTOCOL_VERSION);
-    let welcome = Welcome { session, cluster_id, version, now, replicas: 3, chunk_size: 8, ..Welcome::default() };
+    let welcome =
+        Welcome { session, cluster_id, version, now, replicas: 3, chunk_size: 8, ..Welcome::default() };
     Act::Send(MasterFrame { welcome: Some(welcome), ..MasterFrame::default() })
 }
 
@@ -278,7 +279,9 @@ async fn every_change_is_made_once_while_streams_break_and_answers_repeat() {
     names.dedup();
     assert_eq!((names.len(), world.carried_out.len()), (1000, 1000), "each once");
     assert!(world.repeated > 0 && world.hellos.len() > 10, "the script was harmless: {}", world.hellos.len());
-    assert!(world.hellos.iter().skip(1).all(|hello| hello.session == 7 && hello.nonce == world.hellos[0].nonce));
+    assert!(
+        world.hellos.iter().skip(1).all(|hello| hello.session == 7 && hello.nonce == world.hellos[0].nonce)
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -401,7 +404,10 @@ async fn a_waiting_lock_waits_on_and_is_cancelled_with_its_future() {
             let waits = |seq: &u64| {
                 frame.requests.iter().any(|request| {
                     request.seq == *seq
-                        && matches!(&request.op, Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(_)) })))
+                        && matches!(
+                            &request.op,
+                            Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(_)) }))
+                        )
                 })
             };
             answer.replies.retain(|reply| !waits(&reply.seq));
@@ -414,9 +420,15 @@ async fn a_waiting_lock_waits_on_and_is_cancelled_with_its_future() {
     assert!(timeout(Duration::from_secs(300), wait).await.is_err(), "beyond the operation time-out");
     tokio::time::sleep(Duration::from_secs(1)).await;
     let world = test.world();
-    let lock = world.requests.iter().find(|r| matches!(&r.op, Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(_)) })))).expect("the lock");
+    let lock = world
+        .requests
+        .iter()
+        .find(|r| matches!(&r.op, Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(_)) }))))
+        .expect("the lock");
     let cancel = hold::Op::CancelLock(v1::CancelLock { seq: lock.seq });
-    assert!(world.requests.iter().any(|r| r.op == Some(request::Op::Hold(v1::Hold { op: Some(cancel.clone()) }))));
+    assert!(
+        world.requests.iter().any(|r| r.op == Some(request::Op::Hold(v1::Hold { op: Some(cancel.clone()) })))
+    );
 }
 
 #[tokio::test(start_paused = true)]

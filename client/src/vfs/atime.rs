@@ -36,8 +36,16 @@ impl Atimes {
         }
     }
 
-    fn take(&self) -> BTreeMap<InodeNo, Timestamp> {
-        std::mem::take(&mut *self.lock())
+    fn all(&self) -> Vec<(InodeNo, Timestamp)> {
+        self.lock().iter().map(|(ino, atime)| (*ino, *atime)).collect()
+    }
+
+    /// It was sent; a later one stays.
+    fn sent(&self, ino: InodeNo, atime: Timestamp) {
+        let mut waiting = self.lock();
+        if waiting.get(&ino) == Some(&atime) {
+            waiting.remove(&ino);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<InodeNo, Timestamp>> {
@@ -67,17 +75,20 @@ impl Inner {
 
     /// Sends what waits. Access times are a courtesy: those of a message that fails are lost, and that is logged.
     pub async fn send_touches(&self) {
-        let waiting: Vec<_> = self
-            .atimes
-            .take()
-            .into_iter()
-            .map(|(ino, atime)| v1::TouchItem { ino: ino.get(), atime: Some(atime) })
-            .collect();
-        for batch in waiting.chunks(BATCH_MAX) {
-            let touch = mutation::Op::Touch(v1::Touch { items: batch.to_vec() });
-            match self.master.mutate(&own_cred(), touch).await {
-                Ok(_) => batch.iter().for_each(|item| self.cache.forget_attr(InodeNo(item.ino))),
-                Err(error) => tracing::debug!(%error, "access times were not kept"),
+        for batch in self.atimes.all().chunks(BATCH_MAX) {
+            let item =
+                |(ino, atime): &(InodeNo, Timestamp)| v1::TouchItem { ino: ino.get(), atime: Some(*atime) };
+            let touch = mutation::Op::Touch(v1::Touch { items: batch.iter().map(item).collect() });
+            let answer = self.master.mutate(&own_cred(), touch).await;
+            if let Err(error) = &answer {
+                tracing::debug!(%error, "access times were not kept");
+            }
+            for (ino, atime) in batch {
+                // In this order: a reader in between must not see the old time and note a new one.
+                if answer.is_ok() && self.atimes.pending(*ino) == Some(*atime) {
+                    self.cache.accessed(*ino, *atime);
+                }
+                self.atimes.sent(*ino, *atime);
             }
         }
     }

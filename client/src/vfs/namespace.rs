@@ -34,8 +34,8 @@ impl Client {
         match made {
             Ok(made) => {
                 cache.learn(&made.attr);
-                if made.created {
-                    cache.forget_attr(parent);
+                if made.created && !anonymous {
+                    cache.dir_changed(parent, made.attr.ctime, 1, i32::from(is_dir(&made.attr)));
                 }
                 if !anonymous {
                     cache.set_name(parent, &name, Some(InodeNo(made.attr.ino)));
@@ -191,9 +191,9 @@ impl Client {
         };
         let answer = self.inner.master.mutate(cred, mutation::Op::Link(change)).await.and_then(entry);
         let cache = &self.inner.cache;
-        cache.forget_attr(new_parent);
         match answer {
             Ok(attr) => {
+                cache.dir_changed(new_parent, attr.ctime, 1, 0);
                 cache.set_name(new_parent, new_name, Some(ino));
                 cache.learn(&attr);
                 self.inner.files.linked(ino);
@@ -201,6 +201,7 @@ impl Client {
             }
             Err(error) => {
                 cache.forget_name(new_parent, new_name);
+                cache.forget_attr(new_parent);
                 cache.forget_attr(ino);
                 Err(error)
             }
@@ -225,17 +226,20 @@ impl Inner {
         check_name(name)?;
         let change = v1::Unlink { parent: parent.get(), name: Bytes::copy_from_slice(name), directory };
         let answer = self.master.mutate(cred, mutation::Op::Unlink(change)).await;
-        self.cache.forget_attr(parent);
         match answer {
-            Ok(body) => {
+            Ok(answer::Body::Unlinked(v1::Unlinked { attr })) => {
                 self.cache.set_name(parent, name, None);
-                if let answer::Body::Unlinked(v1::Unlinked { attr: Some(attr) }) = body {
+                let time = attr.as_ref().and_then(|attr| attr.ctime);
+                self.cache.dir_changed(parent, time, -1, -i32::from(directory));
+                if let Some(attr) = attr {
                     self.learn_linked(&attr);
                 }
                 Ok(())
             }
+            Ok(other) => Err(unexpected(&other)),
             Err(error) => {
                 self.cache.forget_name(parent, name);
+                self.cache.forget_attr(parent);
                 Err(error)
             }
         }
@@ -266,4 +270,8 @@ impl Inner {
             None => Ok(()),
         }
     }
+}
+
+fn is_dir(attr: &Attr) -> bool {
+    attr.kind == v1::Kind::Dir as i32
 }
