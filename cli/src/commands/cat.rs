@@ -1,0 +1,46 @@
+//! `dfs cat`
+
+use super::{Context, Each};
+use crate::Result;
+use crate::error::About;
+use crate::output::Output;
+use crate::remote::Last;
+use crate::transfer::download::Download;
+use crate::transfer::{Options, Stop};
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::atomic::AtomicU64;
+
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<OsString>,
+}
+
+pub async fn run(context: &Context, args: Args) -> Result {
+    context
+        .with_remote(async |remote| {
+            let download = Download {
+                remote: remote.clone(),
+                env: context.env.clone(),
+                options: Options { recursive: false, preserve: false, keep_existing: false },
+                bar: Output { json: true, quiet: true }.progress(None),
+                stop: Stop::catch().about("catching signals")?,
+                files: AtomicU64::new(0),
+                bytes: AtomicU64::new(0),
+                errors: AtomicU64::new(0),
+            };
+            let mut output = tokio::io::stdout();
+            let mut each = Each::new();
+            for file in &args.files {
+                let path = file.as_bytes();
+                let result = match remote.existing(path, Last::Follow).await {
+                    Ok((_, attr)) => download.stream(path, &attr, &mut output).await,
+                    Err(error) => Err(error),
+                };
+                each.note(result)?;
+            }
+            each.end()
+        })
+        .await
+}
