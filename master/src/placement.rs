@@ -1,0 +1,209 @@
+//! Where the replicas of a new chunk go.
+//!
+//! Replicas go to distinct hosts as long as there are any, then to distinct daemons; among those to a random one,
+//! weighted by free space, so that a new daemon fills faster without taking every write at once. Suspect and dead
+//! daemons get nothing. With fewer daemons than wanted a chunk gets as many replicas as there are.
+
+use dfs_proto::limits::RECORD_MAX;
+use dfs_proto::{ByteLen, NodeId};
+
+/// Whether a daemon can be relied on.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Health {
+    Up,
+    Suspect,
+    Dead,
+}
+
+impl Health {
+    /// As `dfs status` shows it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Up => "up",
+            Self::Suspect => "suspect",
+            Self::Dead => "dead",
+        }
+    }
+}
+
+/// A daemon as placement sees it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Candidate {
+    pub node: NodeId,
+    pub host: String,
+    pub free: ByteLen,
+    pub health: Health,
+}
+
+/// Why there is no place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum NoPlace {
+    #[error("no chunk daemon is up")]
+    NoNodes,
+    #[error("every chunk daemon is full")]
+    Full,
+}
+
+/// Chooses daemons.
+pub trait Placement: Send + Sync + 'static {
+    /// Distinct daemons for one chunk's replicas: at least one, at most `replicas`, the first to be written first.
+    /// `random` is asked for each choice.
+    ///
+    /// # Errors
+    /// When no daemon is up, or none has space.
+    fn place(
+        &self,
+        candidates: &[Candidate],
+        replicas: usize,
+        capacity: ByteLen,
+        random: &mut dyn FnMut() -> u64,
+    ) -> Result<Vec<NodeId>, NoPlace>;
+}
+
+/// Distinct hosts first, weighted by free space.
+pub struct SpreadByHost;
+
+impl Placement for SpreadByHost {
+    fn place(
+        &self,
+        candidates: &[Candidate],
+        replicas: usize,
+        capacity: ByteLen,
+        random: &mut dyn FnMut() -> u64,
+    ) -> Result<Vec<NodeId>, NoPlace> {
+        let mut up: Vec<&Candidate> = candidates.iter().filter(|c| c.health == Health::Up).collect();
+        if up.is_empty() {
+            return Err(NoPlace::NoNodes);
+        }
+        // Few chunks are ever filled, so a daemon takes one as long as it has space for a record; the weights keep
+        // nearly full ones rare.
+        let least = capacity.get().min(RECORD_MAX as u64);
+        up.retain(|c| c.free.get() >= least);
+        if up.is_empty() {
+            return Err(NoPlace::Full);
+        }
+        let mut chosen: Vec<&Candidate> = Vec::with_capacity(replicas);
+        while chosen.len() < replicas.max(1) && !up.is_empty() {
+            let fresh: Vec<usize> =
+                (0..up.len()).filter(|at| chosen.iter().all(|c| c.host != up[*at].host)).collect();
+            let pool = if fresh.is_empty() { (0..up.len()).collect() } else { fresh };
+            let at = weighted(&pool, |at| up[at].free.get(), random());
+            chosen.push(up.remove(at));
+        }
+        Ok(chosen.into_iter().map(|c| c.node).collect())
+    }
+}
+
+/// One of the indices in `pool`, which is not empty, with a chance in proportion to its weight.
+fn weighted(pool: &[usize], weight: impl Fn(usize) -> u64, random: u64) -> usize {
+    let weight = |at: &usize| u128::from(weight(*at).max(1));
+    let total: u128 = pool.iter().map(weight).sum();
+    // `random` is uniform over 2^64: scale it to the total without losing the small weights.
+    let mut point = (u128::from(random) * (total >> 32)) >> 32;
+    if total >> 32 == 0 {
+        point = (u128::from(random) * total) >> 64;
+    }
+    for at in pool {
+        let w = weight(at);
+        if point < w {
+            return *at;
+        }
+        point -= w;
+    }
+    pool[pool.len() - 1]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    fn candidate(node: u64, host: &str, free: u64, health: Health) -> Candidate {
+        Candidate { node: NodeId(node), host: host.to_owned(), free: ByteLen(free), health }
+    }
+
+    fn numbers(seed: u64) -> impl FnMut() -> u64 {
+        let mut state = seed;
+        move || {
+            // SplitMix64 (Steele, Lea, Flood 2014).
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = state;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            z ^ (z >> 31)
+        }
+    }
+
+    const GIB: u64 = 1 << 30;
+    const CHUNK: ByteLen = ByteLen(64 << 20);
+
+    #[test]
+    fn replicas_share_a_host_only_when_there_are_too_few_hosts() {
+        let nodes = [
+            candidate(1, "a", 100 * GIB, Health::Up),
+            candidate(2, "a", 100 * GIB, Health::Up),
+            candidate(3, "b", GIB, Health::Up),
+        ];
+        for seed in 0..100 {
+            let two = SpreadByHost.place(&nodes, 2, CHUNK, &mut numbers(seed)).expect("there is space");
+            assert!(two.contains(&NodeId(3)), "{two:?}");
+            let three = SpreadByHost.place(&nodes, 3, CHUNK, &mut numbers(seed)).expect("there is space");
+            assert_eq!(three.len(), 3);
+        }
+    }
+
+    #[test]
+    fn suspect_and_dead_daemons_get_nothing() {
+        let nodes = [
+            candidate(1, "a", GIB, Health::Suspect),
+            candidate(2, "b", GIB, Health::Dead),
+            candidate(3, "c", GIB, Health::Up),
+        ];
+        assert_eq!(SpreadByHost.place(&nodes, 3, CHUNK, &mut numbers(1)), Ok(vec![NodeId(3)]));
+        assert_eq!(SpreadByHost.place(&nodes[..2], 3, CHUNK, &mut numbers(1)), Err(NoPlace::NoNodes));
+    }
+
+    #[test]
+    fn full_daemons_get_nothing_and_empty_ones_get_more() {
+        let full = [candidate(1, "a", 0, Health::Up), candidate(2, "b", 1000, Health::Up)];
+        assert_eq!(SpreadByHost.place(&full, 2, CHUNK, &mut numbers(1)), Err(NoPlace::Full));
+        assert_eq!(SpreadByHost.place(&full, 2, ByteLen(8), &mut numbers(1)), Ok(vec![NodeId(2)]));
+        let nodes = [candidate(1, "a", 30 * GIB, Health::Up), candidate(2, "b", 10 * GIB, Health::Up)];
+        let mut random = numbers(7);
+        let first = (0..1000)
+            .filter(|_| SpreadByHost.place(&nodes, 1, CHUNK, &mut random) == Ok(vec![NodeId(1)]))
+            .count();
+        assert!((700..800).contains(&first), "{first} of 1000");
+    }
+
+    proptest! {
+        #[test]
+        fn places_are_distinct_healthy_and_as_many_as_possible(
+            nodes in prop::collection::vec((0_u8..4, 0_u64..4 * GIB, 0_u8..3), 0..12),
+            replicas in 1_usize..6,
+            seed: u64,
+        ) {
+            let nodes: Vec<Candidate> = nodes.into_iter().enumerate().map(|(at, (host, free, health))| {
+                let health = [Health::Up, Health::Suspect, Health::Dead][usize::from(health)];
+                candidate(at as u64, &format!("host{host}"), free, health)
+            }).collect();
+            let usable: Vec<&Candidate> = nodes.iter()
+                .filter(|c| c.health == Health::Up && c.free.get() >= 1 << 20).collect();
+            match SpreadByHost.place(&nodes, replicas, CHUNK, &mut numbers(seed)) {
+                Err(_) => prop_assert!(usable.is_empty()),
+                Ok(places) => {
+                    let distinct: BTreeSet<NodeId> = places.iter().copied().collect();
+                    prop_assert_eq!(distinct.len(), places.len());
+                    prop_assert_eq!(places.len(), replicas.min(usable.len()));
+                    let host = |node: &NodeId| usable.iter().find(|c| c.node == *node).map(|c| &c.host);
+                    prop_assert!(places.iter().all(|node| host(node).is_some()));
+                    let hosts: BTreeSet<_> = usable.iter().map(|c| &c.host).collect();
+                    let used: BTreeSet<_> = places.iter().filter_map(host).collect();
+                    prop_assert_eq!(used.len(), replicas.min(hosts.len()));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! The Admin service: what `dfs status` shows.
+
+use super::census::Census;
+use super::nodes::{Found, millis};
+use super::term::Term;
+use super::{Gone, Shared, store_failed};
+use crate::state;
+use dfs_proto::InodeNo;
+use dfs_proto::v1::{self, MasterStatus, NodeStatus, SessionStatus, StatusReply, StatusRequest};
+use std::collections::BTreeSet;
+use std::sync::{Arc, PoisonError};
+use tonic::{Request, Response, Status};
+
+/// Orphans are counted up to here.
+const ORPHANS_MAX: usize = 100_000;
+
+/// Answers `Admin`.
+pub struct AdminService {
+    shared: Arc<Shared>,
+}
+
+impl AdminService {
+    pub fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+}
+
+#[tonic::async_trait]
+impl v1::admin_server::Admin for AdminService {
+    async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
+        let term = match self.shared.term().await {
+            Ok(term) => term,
+            Err(gone) => return elsewhere(gone),
+        };
+        if let Err(gone) = self.shared.confirm().await {
+            return elsewhere(gone);
+        }
+        let mut reply = overview(&term)?;
+        if request.get_ref().sessions {
+            reply.sessions = sessions(&term);
+        }
+        Ok(Response::new(reply))
+    }
+}
+
+fn elsewhere(gone: Gone) -> Result<Response<StatusReply>, Status> {
+    if gone.leader.is_empty() {
+        return Err(Status::unavailable("no master leads at the moment"));
+    }
+    Ok(Response::new(StatusReply { leader: gone.leader, ..StatusReply::default() }))
+}
+
+fn overview(term: &Term) -> Result<StatusReply, Status> {
+    let shared = &term.shared;
+    let kv = shared.node.kv();
+    let failed = |what: &str, error: std::io::Error| Status::internal(store_failed(what, &error).to_string());
+    let cluster = state::cluster_row(&*kv)
+        .map_err(|error| failed("reading the cluster's counters", error))?
+        .unwrap_or_default();
+    let orphans = state::orphans(&*kv, InodeNo(0), ORPHANS_MAX)
+        .map_err(|error| failed("reading the orphans", error))?
+        .len();
+    let raft = shared.node.status();
+    let census = *term.census.lock().unwrap_or_else(PoisonError::into_inner);
+    let nodes = term.nodes.status();
+    let space = term.nodes.space();
+    let (parked, _) = term.jobs.sealing();
+    let replicas = u64::from(term.replicas.max(1));
+    let masters = raft
+        .members
+        .iter()
+        .map(|member| MasterStatus {
+            id: member.id,
+            address: member.address.clone(),
+            leader: member.leader,
+            voter: member.voter,
+            matched: member.matched,
+        })
+        .collect();
+    Ok(StatusReply {
+        leader: String::new(),
+        cluster_id: shared.cluster_id.clone(),
+        term: raft.term,
+        applied: raft.applied,
+        snapshot: raft.snapshot,
+        masters,
+        warnings: warnings(term, &nodes, &census, parked),
+        nodes: nodes.into_iter().map(|(status, ..)| status).collect(),
+        sessions: Vec::new(),
+        files: cluster.files,
+        chunks: cluster.chunks,
+        live_bytes: cluster.live_bytes,
+        under_replicated: census.under_replicated,
+        waiting_seal: census.fenced,
+        replicas: term.replicas,
+        chunk_size: term.chunk_size,
+        total_bytes: space.total / replicas,
+        free_bytes: space.free / replicas,
+        orphans: orphans as u64,
+    })
+}
+
+fn warnings(
+    term: &Term,
+    nodes: &[(NodeStatus, Found, Vec<String>)],
+    census: &Census,
+    parked: usize,
+) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let wanted = usize::try_from(term.replicas).unwrap_or(1);
+    let up: Vec<&NodeStatus> =
+        nodes.iter().map(|(node, ..)| node).filter(|node| node.state == "up").collect();
+    let hosts: BTreeSet<&str> = up.iter().map(|node| node.host.as_str()).collect();
+    if up.is_empty() {
+        warnings.push("no chunk daemon is up: nothing can be written, and files cannot be read".to_owned());
+    } else if up.len() < wanted {
+        warnings.push(format!(
+            "{} of the {wanted} chunk daemons needed for {wanted} replicas are up: new chunks have fewer replicas",
+            up.len()
+        ));
+    } else if hosts.len() < wanted {
+        warnings.push(format!(
+            "the chunk daemons are on {} host{}: some of {wanted} replicas share a host",
+            hosts.len(),
+            if hosts.len() == 1 { "" } else { "s" }
+        ));
+    }
+    for (node, found, failed) in nodes {
+        if node.state != "up" {
+            warnings.push(format!(
+                "chunk daemon {} at {} is {}, last seen {} s ago",
+                node.node,
+                node.address,
+                node.state,
+                node.last_seen_ms / 1000
+            ));
+        }
+        if found.damaged > 0 {
+            warnings.push(format!("chunk daemon {} has {} damaged replicas", node.node, found.damaged));
+        }
+        if found.unknown > 0 {
+            warnings.push(format!(
+                "chunk daemon {} has {} chunks that this cluster does not know; they are left alone",
+                node.node, found.unknown
+            ));
+        }
+        for path in failed {
+            warnings.push(format!("chunk daemon {}: the directory {path} has failed", node.node));
+        }
+    }
+    if census.unavailable > 0 {
+        warnings.push(format!("{} chunks have no replica on a living daemon", census.unavailable));
+    }
+    if parked > 0 {
+        warnings.push(format!("{parked} chunks wait for a daemon that has all of their committed bytes"));
+    }
+    warnings
+}
+
+fn sessions(term: &Term) -> Vec<SessionStatus> {
+    let now = term.now();
+    let memory = term.memory();
+    let status = memory.sessions.iter().map(|(id, session)| SessionStatus {
+        session: id.get(),
+        client: session.row.client.clone(),
+        host: session.row.host.clone(),
+        last_seen_ms: millis(now.saturating_sub(session.seen)),
+        opens: memory.opens.count(*id) as u64,
+        locks: memory.locks.count(*id) as u64,
+    });
+    status.collect()
+}

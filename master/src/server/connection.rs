@@ -1,0 +1,232 @@
+//! One client's stream: requests come in, run side by side, answers go out.
+//!
+//! Reading, working and writing are one future, polled by the HTTP/2 connection as the stream of answers: a create goes
+//! from its frame to Raft and back to a frame without a task or a channel in between. Mutations reach Raft in the order
+//! in which they arrived, because futures are first polled in the order they were added; everything may overtake
+//! everything else afterwards. Whatever is answered at one moment goes out in one frame.
+//!
+//! Bounds: a client may have [`SESSION_WINDOW`] requests unanswered, and no more is read from it while it has; a frame
+//! may have [`FRAME_REQUESTS_MAX`]. What waits to be sent is answers to those, and HTTP/2 stops polling us while the
+//! client does not read.
+
+use super::requests;
+use super::session::gone;
+use super::term::Term;
+use super::{Gone, RAFT_WAIT};
+use dfs_proto::SessionId;
+use dfs_proto::limits::{FRAME_BYTES_MAX, FRAME_REQUESTS_MAX, SESSION_WINDOW};
+use dfs_proto::v1::{ClientFrame, MasterFrame, Reply, hold, request};
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
+use prost::Message;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use tokio::sync::watch;
+use tonic::{Status, Streaming};
+
+/// Which stream of which session a request belongs to. The session is detached with the last of them.
+pub struct Link {
+    pub term: Arc<Term>,
+    pub session: SessionId,
+    pub generation: u64,
+    replaced: watch::Receiver<u64>,
+}
+
+impl Link {
+    pub fn new(term: Arc<Term>, session: SessionId, generation: u64, replaced: watch::Receiver<u64>) -> Self {
+        Self { term, session, generation, replaced }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.term.memory().detach(self.session, self.generation);
+    }
+}
+
+/// What a running request ended with.
+pub enum Done {
+    Reply(Reply),
+    Replies(Vec<Reply>),
+    /// A keep-alive to send back.
+    Alive(u64),
+}
+
+/// A request that runs.
+pub type Running = BoxFuture<'static, Result<Done, Gone>>;
+
+/// One client's stream.
+pub struct Connection {
+    link: Arc<Link>,
+    inbound: Streaming<ClientFrame>,
+    running: FuturesUnordered<Running>,
+    /// Requests that came in and whose answers did not go out yet.
+    unanswered: usize,
+    replies: VecDeque<Reply>,
+    keep_alive: u64,
+    lowest_unanswered: u64,
+    ended: watch::Receiver<bool>,
+    replaced: watch::Receiver<u64>,
+    /// The client said goodbye.
+    leaving: bool,
+}
+
+impl Connection {
+    /// Serves an attached session; `first` is what its first frame held beside the hello. None: that was nonsense.
+    pub fn new(link: Link, inbound: Streaming<ClientFrame>, first: ClientFrame) -> Option<Self> {
+        let (ended, replaced) = (link.term.ended(), link.replaced.clone());
+        let mut connection = Self {
+            link: Arc::new(link),
+            inbound,
+            running: FuturesUnordered::new(),
+            unanswered: 0,
+            replies: VecDeque::new(),
+            keep_alive: 0,
+            lowest_unanswered: 0,
+            ended,
+            replaced,
+            leaving: false,
+        };
+        connection.accept(first).is_ok().then_some(connection)
+    }
+
+    /// The next frame to send; None ends the stream.
+    pub async fn next_frame(&mut self) -> Option<Result<MasterFrame, Status>> {
+        let generation = self.link.generation;
+        loop {
+            // Takes everything that has ended by now, so that it shares a frame; starts what was just added.
+            while let Some(Some(result)) = self.running.next().now_or_never() {
+                if let Err(why) = self.finish(result) {
+                    return Some(Ok(gone(why)));
+                }
+            }
+            if let Some(frame) = self.take_frame() {
+                return Some(Ok(frame));
+            }
+            if self.leaving && self.running.is_empty() {
+                return self.leave().await;
+            }
+            tokio::select! {
+                biased;
+                () = async { drop(self.ended.wait_for(|ended| *ended).await) } => {
+                    return Some(Ok(gone(self.link.term.shared.leader())));
+                }
+                () = async { drop(self.replaced.wait_for(|now| *now != generation).await) } => return None,
+                Some(result) = self.running.next(), if !self.running.is_empty() => {
+                    if let Err(why) = self.finish(result) {
+                        return Some(Ok(gone(why)));
+                    }
+                }
+                frame = self.inbound.message(), if !self.leaving && self.unanswered < SESSION_WINDOW => {
+                    match frame {
+                        Ok(Some(frame)) => {
+                            if let Err(status) = self.accept(frame) {
+                                return Some(Err(status));
+                            }
+                        }
+                        Ok(None) | Err(_) => {
+                            tracing::debug!(session = %self.link.session, "detached");
+                            return None;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Starts what a frame asks for.
+    fn accept(&mut self, frame: ClientFrame) -> Result<(), Status> {
+        let term = &self.link.term;
+        term.memory().seen(self.link.session, term.now());
+        if frame.hello.is_some() || frame.requests.len() > FRAME_REQUESTS_MAX {
+            return Err(Status::invalid_argument("a second hello, or too many requests in one frame"));
+        }
+        self.lowest_unanswered = self.lowest_unanswered.max(frame.lowest_unanswered);
+        if frame.goodbye.is_some() {
+            self.leaving = true;
+            term.memory().cancel_waits(self.link.session);
+        }
+        if frame.keep_alive != 0 {
+            self.running.push(alive(Arc::clone(&self.link), frame.keep_alive).boxed());
+        }
+        self.unanswered += frame.requests.len();
+        let mut reads = Vec::new();
+        for request in frame.requests {
+            let link = Arc::clone(&self.link);
+            let (seq, cred) = (request.seq, requests::cred(request.cred));
+            match request.op {
+                Some(request::Op::Mutation(mutation)) => {
+                    let mutation = requests::mutate(link, seq, self.lowest_unanswered, cred, mutation);
+                    self.running.push(mutation.boxed());
+                }
+                Some(request::Op::Hold(hold)) => match hold.op {
+                    Some(hold::Op::Lock(lock)) => {
+                        self.running.push(requests::lock(link, seq, lock).boxed());
+                    }
+                    Some(hold::Op::GetLock(lock)) => {
+                        self.running.push(requests::get_lock(link, seq, lock).boxed());
+                    }
+                    Some(op) => reads.push(requests::Read { seq, cred, op: requests::ReadOp::Hold(op) }),
+                    None => self.replies.push_back(requests::not_understood(seq)),
+                },
+                Some(request::Op::Query(query)) => {
+                    let op = requests::ReadOp::Query(query);
+                    reads.push(requests::Read { seq, cred, op });
+                }
+                None => self.replies.push_back(requests::not_understood(seq)),
+            }
+        }
+        if !reads.is_empty() {
+            self.running.push(requests::read(Arc::clone(&self.link), reads).boxed());
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, result: Result<Done, Gone>) -> Result<(), Gone> {
+        match result? {
+            Done::Reply(reply) => self.replies.push_back(reply),
+            Done::Replies(replies) => self.replies.extend(replies),
+            Done::Alive(number) => self.keep_alive = self.keep_alive.max(number),
+        }
+        Ok(())
+    }
+
+    /// The answers that wait, as many as fit into a frame.
+    fn take_frame(&mut self) -> Option<MasterFrame> {
+        if self.replies.is_empty() && self.keep_alive == 0 {
+            return None;
+        }
+        let mut frame =
+            MasterFrame { keep_alive: std::mem::take(&mut self.keep_alive), ..MasterFrame::default() };
+        let mut bytes = 0;
+        while frame.replies.len() < FRAME_REQUESTS_MAX
+            && bytes < FRAME_BYTES_MAX
+            && let Some(reply) = self.replies.pop_front()
+        {
+            bytes += reply.encoded_len();
+            frame.replies.push(reply);
+        }
+        self.unanswered = self.unanswered.saturating_sub(frame.replies.len());
+        Some(frame)
+    }
+
+    /// The client said goodbye and has all its answers: the session is closed, then the stream.
+    async fn leave(&mut self) -> Option<Result<MasterFrame, Status>> {
+        let close = self.link.term.close_session(self.link.session);
+        match tokio::time::timeout(RAFT_WAIT, close).await {
+            Ok(Ok(())) => {
+                tracing::info!(session = %self.link.session, "closed");
+                None
+            }
+            Ok(Err(why)) => Some(Ok(gone(why))),
+            Err(_) => Some(Ok(gone(self.link.term.shared.leader()))),
+        }
+    }
+}
+
+/// A keep-alive counts only if a quorum confirmed this leader after it arrived.
+async fn alive(link: Arc<Link>, number: u64) -> Result<Done, Gone> {
+    link.term.shared.confirm().await?;
+    Ok(Done::Alive(number))
+}

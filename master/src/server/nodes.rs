@@ -1,0 +1,392 @@
+//! The chunk daemons as the leader sees them: who is up, how full they are, and the way to give them orders.
+
+use crate::placement::{Candidate, Health};
+use dfs_env::Clock;
+use dfs_proto::limits::{HEARTBEAT_MS, NODE_DEAD_MS, NODE_SUSPECT_MS};
+use dfs_proto::v1::{self, ErrorCode, Heartbeat, NodeRow, NodeStatus, Order, OrderDone, order};
+use dfs_proto::{ByteLen, ChunkId, FsError, NodeId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+/// Orders that wait to be sent to one daemon.
+const ORDER_QUEUE: usize = 256;
+/// Deletions kept for a daemon that is away; beyond, its replicas stay until it is scrubbed.
+const DELETES_MAX: usize = 1 << 18;
+
+/// Why an order was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum OrderError {
+    #[error("the daemon is away")]
+    Away,
+    #[error("the daemon did not answer in time")]
+    TimedOut,
+    #[error("the daemon refused: {0}")]
+    Refused(FsError),
+}
+
+/// A daemon's stream, as long as it lasts.
+struct Link {
+    instance: u64,
+    generation: u64,
+    orders: mpsc::Sender<Order>,
+    pending: BTreeMap<u64, oneshot::Sender<OrderDone>>,
+}
+
+struct Node {
+    row: NodeRow,
+    link: Option<Link>,
+    /// Time since boot at its last frame, or at the election.
+    seen: Duration,
+    heartbeat: Option<Heartbeat>,
+    /// When a client could not append to it. It counts until a heartbeat comes in well after it.
+    suspected: Option<Duration>,
+    deletes: BTreeSet<ChunkId>,
+    found: Found,
+}
+
+/// What a daemon's report showed beside what was expected.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Found {
+    /// Chunks that this cluster does not know. They are left alone.
+    pub unknown: u64,
+    /// Replicas that are shorter than they should be, or damaged.
+    pub damaged: u64,
+}
+
+/// What a daemon's stream needs.
+pub struct Attached {
+    pub generation: u64,
+    pub orders: mpsc::Receiver<Order>,
+}
+
+/// Space of all daemons that are not dead, in bytes.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Space {
+    pub total: u64,
+    pub free: u64,
+}
+
+/// All daemons.
+pub struct Nodes {
+    clock: Arc<dyn Clock>,
+    map: Mutex<Table>,
+    /// Counts attaches and detaches, so that orders can wait for a daemon to come back.
+    links: watch::Sender<u64>,
+}
+
+struct Table {
+    nodes: BTreeMap<NodeId, Node>,
+    next_order: u64,
+    next_generation: u64,
+}
+
+impl Nodes {
+    /// At an election: the daemons that ever registered, none of them attached yet.
+    pub fn new(clock: Arc<dyn Clock>, rows: Vec<NodeRow>, now: Duration) -> Self {
+        let nodes = rows.into_iter().map(|row| (NodeId(row.node), Node::new(row, now))).collect();
+        let table = Table { nodes, next_order: 1, next_generation: 1 };
+        Self { clock, map: Mutex::new(table), links: watch::Sender::new(0) }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a process may attach as this daemon: not while another process is doing so.
+    pub fn admit(&self, node: NodeId, instance: u64) -> Result<(), FsError> {
+        let now = self.clock.boot();
+        let table = self.table();
+        let Some(known) = table.nodes.get(&node) else { return Ok(()) };
+        let alive = now.saturating_sub(known.seen) < Duration::from_millis(NODE_SUSPECT_MS);
+        match &known.link {
+            Some(link) if link.instance != instance && alive => Err(FsError::new(
+                ErrorCode::ErrorConflict,
+                format!("node {node} is in use by another daemon at {}", known.row.address),
+            )),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// A daemon's stream begins; an older stream of it is over.
+    pub fn attach(&self, row: NodeRow, instance: u64) -> Attached {
+        let now = self.clock.boot();
+        let (sender, orders) = mpsc::channel(ORDER_QUEUE);
+        let mut table = self.table();
+        let generation = table.next_generation;
+        table.next_generation += 1;
+        let id = NodeId(row.node);
+        let node = table.nodes.entry(id).or_insert_with(|| Node::new(row.clone(), now));
+        node.row = row;
+        node.seen = now;
+        node.found = Found::default();
+        node.link = Some(Link { instance, generation, orders: sender, pending: BTreeMap::new() });
+        drop(table);
+        self.links.send_modify(|links| *links += 1);
+        Attached { generation, orders }
+    }
+
+    /// A daemon's stream ended: orders on their way are not answered.
+    pub fn detach(&self, node: NodeId, generation: u64) {
+        if let Some(node) = self.table().nodes.get_mut(&node)
+            && node.link.as_ref().is_some_and(|link| link.generation == generation)
+        {
+            node.link = None;
+        }
+        self.links.send_modify(|links| *links += 1);
+    }
+
+    /// A sign of life, perhaps with news of its space. False: another stream of this daemon has taken over.
+    pub fn seen(&self, node: NodeId, generation: u64, heartbeat: Option<Heartbeat>) -> bool {
+        let now = self.clock.boot();
+        let mut table = self.table();
+        let Some(node) = table.nodes.get_mut(&node) else { return false };
+        if node.link.as_ref().is_none_or(|link| link.generation != generation) {
+            return false;
+        }
+        node.seen = now;
+        if let Some(heartbeat) = heartbeat {
+            let first = node.heartbeat.is_none();
+            node.heartbeat = Some(heartbeat);
+            if node.suspected.is_some_and(|since| now > since + Duration::from_millis(HEARTBEAT_MS)) {
+                node.suspected = None;
+            }
+            drop(table);
+            if first {
+                // Its space is known from now on: an allocation may be waiting for that.
+                self.links.send_modify(|links| *links += 1);
+            }
+        }
+        true
+    }
+
+    /// A client could not append to this daemon.
+    pub fn suspect(&self, node: NodeId) {
+        let now = self.clock.boot();
+        if let Some(node) = self.table().nodes.get_mut(&node) {
+            node.suspected = Some(now);
+        }
+    }
+
+    /// Adds to what the daemon's report showed.
+    pub fn found(&self, node: NodeId, more: Found) {
+        if let Some(node) = self.table().nodes.get_mut(&node) {
+            node.found.unknown += more.unknown;
+            node.found.damaged += more.damaged;
+        }
+    }
+
+    /// The daemon carried out an order, or could not.
+    pub fn done(&self, node: NodeId, generation: u64, done: OrderDone) {
+        let waiting = self
+            .table()
+            .nodes
+            .get_mut(&node)
+            .and_then(|node| node.link.as_mut())
+            .filter(|link| link.generation == generation)
+            .and_then(|link| link.pending.remove(&done.id));
+        if let Some(waiting) = waiting {
+            // Whoever gave the order may have stopped waiting.
+            let _late = waiting.send(done);
+        }
+    }
+
+    /// Gives an order and waits for it to be carried out. A daemon that is away is waited for, one that is dead is not.
+    /// An order whose stream breaks is given again: all orders may be repeated.
+    pub async fn order(
+        &self,
+        term: u64,
+        node: NodeId,
+        op: order::Op,
+        deadline: Instant,
+    ) -> Result<OrderDone, OrderError> {
+        let mut links = self.links.subscribe();
+        loop {
+            links.borrow_and_update();
+            let Some((orders, order, answer)) = self.prepare(term, node, op) else {
+                if self.health(node) == Health::Dead {
+                    return Err(OrderError::Away);
+                }
+                // Looks again once a second: a daemon dies without anything happening.
+                let look = deadline.min(Instant::now() + Duration::from_secs(1));
+                match tokio::time::timeout_at(look, links.changed()).await {
+                    Ok(_) => {}
+                    Err(_) if look < deadline => {}
+                    Err(_) => return Err(OrderError::Away),
+                }
+                continue;
+            };
+            let id = order.id;
+            let result = tokio::time::timeout_at(deadline, async {
+                orders.send(order).await.ok()?;
+                answer.await.ok()
+            })
+            .await;
+            match result {
+                Ok(Some(OrderDone { failure: Some(failure), .. })) => {
+                    return Err(OrderError::Refused(failure.into()));
+                }
+                Ok(Some(done)) => return Ok(done),
+                Ok(None) => {
+                    // The stream broke. Its end is noted in a moment: do not spin until then.
+                    let soon = deadline.min(Instant::now() + Duration::from_millis(50));
+                    let _noted_or_not = tokio::time::timeout_at(soon, links.changed()).await;
+                }
+                Err(_) => {
+                    self.forget_order(node, id);
+                    return Err(OrderError::TimedOut);
+                }
+            }
+        }
+    }
+
+    fn prepare(
+        &self,
+        term: u64,
+        node: NodeId,
+        op: order::Op,
+    ) -> Option<(mpsc::Sender<Order>, Order, oneshot::Receiver<OrderDone>)> {
+        let mut table = self.table();
+        let id = table.next_order;
+        table.next_order += 1;
+        let link = table.nodes.get_mut(&node)?.link.as_mut()?;
+        let (sender, answer) = oneshot::channel();
+        link.pending.insert(id, sender);
+        Some((link.orders.clone(), Order { id, term, op: Some(op) }, answer))
+    }
+
+    fn forget_order(&self, node: NodeId, id: u64) {
+        if let Some(link) = self.table().nodes.get_mut(&node).and_then(|node| node.link.as_mut()) {
+            link.pending.remove(&id);
+        }
+    }
+
+    /// A replica to delete once the daemon is back.
+    pub fn defer_delete(&self, node: NodeId, chunk: ChunkId) {
+        if let Some(node) = self.table().nodes.get_mut(&node) {
+            if node.deletes.len() < DELETES_MAX {
+                node.deletes.insert(chunk);
+            } else {
+                tracing::warn!(node = node.row.node, %chunk, "too many deletions wait for a daemon");
+            }
+        }
+    }
+
+    /// The replicas that were to be deleted once the daemon is back.
+    pub fn take_deletes(&self, node: NodeId) -> BTreeSet<ChunkId> {
+        self.table().nodes.get_mut(&node).map(|node| std::mem::take(&mut node.deletes)).unwrap_or_default()
+    }
+
+    /// Whether a daemon can be given orders right now.
+    pub fn is_attached(&self, node: NodeId) -> bool {
+        self.table().nodes.get(&node).is_some_and(|node| node.link.is_some())
+    }
+
+    /// Whether a daemon can be relied on. One that nobody knows is dead.
+    pub fn health(&self, node: NodeId) -> Health {
+        let now = self.clock.boot();
+        self.table().nodes.get(&node).map_or(Health::Dead, |node| node.health(now))
+    }
+
+    /// The daemons for placement to choose from.
+    pub fn candidates(&self) -> Vec<Candidate> {
+        let now = self.clock.boot();
+        let table = self.table();
+        let known = table.nodes.values().filter_map(|node| Some((node, node.heartbeat.as_ref()?)));
+        known
+            .map(|(node, heartbeat)| Candidate {
+                node: NodeId(node.row.node),
+                host: node.row.host.clone(),
+                free: ByteLen(heartbeat.free_bytes),
+                health: node.health(now),
+            })
+            .collect()
+    }
+
+    /// Learns of daemons that come and go.
+    pub fn links(&self) -> watch::Receiver<u64> {
+        self.links.subscribe()
+    }
+
+    /// Fills in where a daemon is; how it does.
+    pub fn locate(&self, replica: &mut v1::Replica) -> Health {
+        let now = self.clock.boot();
+        let table = self.table();
+        let Some(node) = table.nodes.get(&NodeId(replica.node)) else { return Health::Dead };
+        replica.address.clone_from(&node.row.address);
+        replica.host.clone_from(&node.row.host);
+        node.health(now)
+    }
+
+    /// Space of the daemons that are not dead.
+    pub fn space(&self) -> Space {
+        let now = self.clock.boot();
+        let table = self.table();
+        let mut space = Space::default();
+        for node in table.nodes.values().filter(|node| node.health(now) != Health::Dead) {
+            if let Some(heartbeat) = &node.heartbeat {
+                space.total = space.total.saturating_add(heartbeat.total_bytes);
+                space.free = space.free.saturating_add(heartbeat.free_bytes);
+            }
+        }
+        space
+    }
+
+    /// Every daemon for `dfs status`, with what its report showed and the directories that failed.
+    pub fn status(&self) -> Vec<(NodeStatus, Found, Vec<String>)> {
+        let now = self.clock.boot();
+        let table = self.table();
+        table
+            .nodes
+            .values()
+            .map(|node| {
+                let heartbeat = node.heartbeat.clone().unwrap_or_default();
+                let failed =
+                    heartbeat.dirs.iter().filter(|dir| dir.failed).map(|dir| dir.path.clone()).collect();
+                let status = NodeStatus {
+                    node: node.row.node,
+                    address: node.row.address.clone(),
+                    host: node.row.host.clone(),
+                    rack: node.row.rack.clone(),
+                    state: node.health(now).name().to_owned(),
+                    total_bytes: heartbeat.total_bytes,
+                    used_bytes: heartbeat.used_bytes,
+                    free_bytes: heartbeat.free_bytes,
+                    chunks: heartbeat.chunks,
+                    last_seen_ms: millis(now.saturating_sub(node.seen)),
+                };
+                (status, node.found, failed)
+            })
+            .collect()
+    }
+}
+
+impl Node {
+    fn new(row: NodeRow, now: Duration) -> Self {
+        Self {
+            row,
+            link: None,
+            seen: now,
+            heartbeat: None,
+            suspected: None,
+            deletes: BTreeSet::new(),
+            found: Found::default(),
+        }
+    }
+
+    fn health(&self, now: Duration) -> Health {
+        let silent = now.saturating_sub(self.seen);
+        if silent >= Duration::from_millis(NODE_DEAD_MS) {
+            return Health::Dead;
+        }
+        let quiet = silent >= Duration::from_millis(NODE_SUSPECT_MS);
+        if quiet || self.link.is_none() || self.suspected.is_some() { Health::Suspect } else { Health::Up }
+    }
+}
+
+/// A duration in whole milliseconds.
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,476 @@
+//! Carries out one request, or the questions of one frame.
+
+use super::answers::Appends;
+use super::connection::{Done, Link};
+use super::memory::Verdict;
+use super::term::Term;
+use super::{Gone, answer, failed, store_failed};
+use crate::leases::locks::{Kind, Lock, Outcome, Owner, Range, WaiterId};
+use crate::leases::opens::Ticket;
+use crate::placement::{Health, NoPlace};
+use crate::state::{self, Applied};
+use dfs_proto::limits::{ALLOC_CHUNKS_MAX, NODE_SUSPECT_MS, REPLICAS_MAX};
+use dfs_proto::v1::{
+    self, Answer, Command, Cred, ErrorCode, Mutation, Query, Reply, answer::Body, chunk_state::Phase,
+    command, hold, mutation, query,
+};
+use dfs_proto::{ByteLen, ChunkId, FsError, InodeNo, NodeId};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Slices sent along with an Open.
+const OPEN_SLICES: u32 = 16;
+/// Questions answered before others get a turn.
+const READS_IN_A_ROW: usize = 64;
+/// Who acts when a client did not say: nobody's rights, certainly not root's.
+const NOBODY: u32 = 65_534;
+
+/// On whose behalf a request runs.
+pub fn cred(cred: Option<Cred>) -> Cred {
+    cred.unwrap_or(Cred { uid: NOBODY, gid: NOBODY, groups: Vec::new() })
+}
+
+/// The answer to a request of a kind this version does not have.
+pub fn not_understood(seq: u64) -> Reply {
+    let error = FsError::new(ErrorCode::ErrorNotSupported, "the request has no operation this master knows");
+    reply(seq, failed(error))
+}
+
+fn reply(seq: u64, answer: Answer) -> Reply {
+    Reply { seq, answer: Some(answer) }
+}
+
+// ---- mutations ----
+
+/// Has a change applied.
+pub async fn mutate(
+    link: Arc<Link>,
+    seq: u64,
+    lowest_unanswered: u64,
+    cred: Cred,
+    mut mutation: Mutation,
+) -> Result<Done, Gone> {
+    let mut appends = Appends::None;
+    let mut creating = None;
+    match &mut mutation.op {
+        Some(mutation::Op::AllocChunks(alloc)) => {
+            appends = Appends::All;
+            if let Err(error) = place(&link.term, alloc).await {
+                return Ok(Done::Reply(reply(seq, failed(error))));
+            }
+        }
+        Some(mutation::Op::Create(create)) if create.open => creating = Some(Creating::begin(&link)),
+        Some(_) => {}
+        None => return Ok(Done::Reply(not_understood(seq))),
+    }
+    let command = Command {
+        session: link.session.get(),
+        seq,
+        lowest_unanswered,
+        now: None,
+        cred: Some(cred),
+        body: Some(command::Body::Mutation(mutation)),
+    };
+    let mut answer = match link.term.shared.propose(command).await? {
+        Applied::Answer(answer) => answer,
+        Applied::System(_) => {
+            failed(FsError::new(ErrorCode::ErrorIo, "the state machine took a request for a system command"))
+        }
+    };
+    settle(&link, &answer, creating);
+    link.term.complete(link.session, &mut answer, appends);
+    Ok(Done::Reply(reply(seq, answer)))
+}
+
+/// Keeps the open table in step with what was applied.
+fn settle(link: &Link, answer: &Answer, creating: Option<Creating>) {
+    let orphan = match &answer.body {
+        Some(Body::Entry(entry)) => {
+            if let (Some(creating), Some(attr)) = (creating, &entry.attr) {
+                creating.end(attr);
+            }
+            return;
+        }
+        Some(Body::Unlinked(unlinked)) => unlinked.attr.as_ref(),
+        Some(Body::Renamed(renamed)) => renamed.replaced.as_ref(),
+        _ => None,
+    };
+    if let Some(creating) = creating {
+        creating.fail();
+    }
+    if let Some(attr) = orphan
+        && attr.nlink == 0
+    {
+        link.term.memory().opens.orphaned(InodeNo(attr.ino));
+    }
+}
+
+/// A Create that opens, from before it is proposed until its open is counted; see `leases/opens.rs`.
+struct Creating {
+    link: Arc<Link>,
+    ticket: Option<Ticket>,
+}
+
+impl Creating {
+    fn begin(link: &Arc<Link>) -> Self {
+        let ticket = link.term.memory().opens.creating();
+        Self { link: Arc::clone(link), ticket: Some(ticket) }
+    }
+
+    fn end(mut self, attr: &v1::Attr) {
+        let Some(ticket) = self.ticket.take() else { return };
+        let ino = InodeNo(attr.ino);
+        let mut memory = self.link.term.memory();
+        // A stream that was replaced meanwhile counts nothing: its client asks again through the new one.
+        if memory.serves(self.link.session, self.link.generation) && memory.opens.open(self.link.session, ino)
+        {
+            if attr.nlink == 0 {
+                memory.opens.orphaned(ino);
+            }
+            memory.opens.created(ticket);
+        } else {
+            let now = self.link.term.now();
+            memory.abandon(ticket, now);
+        }
+    }
+
+    fn fail(mut self) {
+        if let Some(ticket) = self.ticket.take() {
+            self.link.term.memory().opens.created(ticket);
+        }
+    }
+}
+
+impl Drop for Creating {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket.take() {
+            let now = self.link.term.now();
+            self.link.term.memory().abandon(ticket, now);
+        }
+    }
+}
+
+/// Chooses daemons for the chunks that are to be allocated.
+async fn place(term: &Term, alloc: &mut v1::AllocChunks) -> Result<(), FsError> {
+    alloc.count = alloc.count.clamp(1, ALLOC_CHUNKS_MAX);
+    let replicas = if alloc.replicas == 0 { term.replicas } else { alloc.replicas.min(REPLICAS_MAX) };
+    let replicas = usize::try_from(replicas).unwrap_or(1);
+    let capacity = ByteLen(if alloc.chunk_size == 0 { term.chunk_size } else { alloc.chunk_size });
+    let mut candidates = arrived(term, replicas).await;
+    alloc.placements.clear();
+    for _ in 0..alloc.count {
+        let places = term
+            .placement
+            .place(&candidates, replicas, capacity, &mut || term.shared.env.random())
+            .map_err(|error| {
+                let code = match error {
+                    NoPlace::NoNodes => ErrorCode::ErrorNoNodes,
+                    NoPlace::Full => ErrorCode::ErrorNoSpace,
+                };
+                FsError::new(code, error.to_string())
+            })?;
+        for candidate in candidates.iter_mut().filter(|candidate| places.contains(&candidate.node)) {
+            candidate.free = ByteLen(candidate.free.get().saturating_sub(capacity.get()));
+        }
+        alloc.placements.push(v1::Placement { nodes: places.iter().map(|node| node.get()).collect() });
+        if candidates.iter().all(|candidate| candidate.free.get() == 0) {
+            // Chunks allocated ahead of need must not make the cluster look full: one is enough to find out.
+            alloc.count = u32::try_from(alloc.placements.len()).unwrap_or(1);
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// The daemons to choose from. Right after an election they are only coming back: a chunk should not be born with too
+/// few replicas because of that.
+async fn arrived(term: &Term, replicas: usize) -> Vec<crate::placement::Candidate> {
+    let mut links = term.nodes.links();
+    loop {
+        links.borrow_and_update();
+        let candidates = term.nodes.candidates();
+        let up = candidates.iter().filter(|candidate| candidate.health == Health::Up).count();
+        let waited = term.now().saturating_sub(term.elected);
+        let left = Duration::from_millis(NODE_SUSPECT_MS).saturating_sub(waited);
+        if up >= replicas || left.is_zero() {
+            return candidates;
+        }
+        let step = left.min(Duration::from_millis(100));
+        let _changed_or_not = tokio::time::timeout(step, links.changed()).await;
+    }
+}
+
+// ---- questions and holds ----
+
+/// A question or a hold that is answered from memory.
+pub struct Read {
+    pub seq: u64,
+    pub cred: Cred,
+    pub op: ReadOp,
+}
+
+/// See [`Read`].
+pub enum ReadOp {
+    Query(Query),
+    Hold(hold::Op),
+}
+
+/// Answers the questions of one frame after one confirmation that this master still leads: from then on the applied
+/// state holds everything that was answered before they arrived.
+pub async fn read(link: Arc<Link>, reads: Vec<Read>) -> Result<Done, Gone> {
+    // An Open counts before it looks; see `leases/opens.rs`.
+    let opens = reads.iter().map(|read| Opening::begin(&link, read)).collect::<Vec<_>>();
+    link.term.shared.confirm().await?;
+    let mut replies = Vec::with_capacity(reads.len());
+    for (at, (read, opening)) in reads.into_iter().zip(opens).enumerate() {
+        if at % READS_IN_A_ROW == READS_IN_A_ROW - 1 {
+            tokio::task::yield_now().await;
+        }
+        let answer = match read.op {
+            ReadOp::Query(query) => ask(&link, &read.cred, &query),
+            ReadOp::Hold(hold) => hold_now(&link, &read.cred, hold, opening),
+        };
+        replies.push(reply(read.seq, answer));
+    }
+    Ok(Done::Replies(replies))
+}
+
+fn ask(link: &Link, cred: &Cred, query: &Query) -> Answer {
+    let appends =
+        if matches!(query.op, Some(query::Op::GetChunks(_))) { Appends::Own } else { Appends::None };
+    match state::query(&*link.term.kv(), cred, query) {
+        Ok(mut answer) => {
+            link.term.complete(link.session, &mut answer, appends);
+            answer
+        }
+        Err(error) => failed(store_failed("answering a question", &error)),
+    }
+}
+
+fn hold_now(link: &Link, cred: &Cred, hold: hold::Op, opening: Option<Opening<'_>>) -> Answer {
+    let term = &link.term;
+    match hold {
+        hold::Op::Open(open) => match opening {
+            Some(opening) => opening.look(cred, &open),
+            None => failed(FsError::new(ErrorCode::ErrorStale, format!("inode {} is gone", open.ino))),
+        },
+        hold::Op::Close(close) => {
+            let ino = InodeNo(close.ino);
+            let mut memory = term.memory();
+            if memory.serves(link.session, link.generation) && memory.opens.close(link.session, ino) {
+                let granted = memory.locks.release_file(ino, link.session);
+                memory.wake(granted);
+            }
+            empty()
+        }
+        hold::Op::ReleaseLocks(release) => {
+            let owner = Owner { session: link.session, key: release.owner };
+            let mut memory = term.memory();
+            let granted = memory.locks.release_owner(InodeNo(release.ino), owner);
+            memory.wake(granted);
+            empty()
+        }
+        hold::Op::CancelLock(cancel) => {
+            term.memory().cancel_wait(link.session, cancel.seq);
+            empty()
+        }
+        hold::Op::SealChunk(seal) => seal_chunk(link, &seal),
+        // They may wait, and are carried out on their own.
+        hold::Op::Lock(_) | hold::Op::GetLock(_) => failed(ErrorCode::ErrorInvalid),
+    }
+}
+
+fn empty() -> Answer {
+    answer(Body::Empty(v1::Empty {}))
+}
+
+/// An Open that was counted, and is not granted yet.
+struct Opening<'l> {
+    link: &'l Link,
+    ino: InodeNo,
+    granted: bool,
+}
+
+impl<'l> Opening<'l> {
+    /// Counts the open. None: it is not an Open, or the inode is being freed.
+    fn begin(link: &'l Link, read: &Read) -> Option<Self> {
+        let ReadOp::Hold(hold::Op::Open(open)) = &read.op else { return None };
+        let ino = InodeNo(open.ino);
+        let mut memory = link.term.memory();
+        let counts = memory.serves(link.session, link.generation) && memory.opens.open(link.session, ino);
+        counts.then_some(Self { link, ino, granted: false })
+    }
+
+    fn look(mut self, cred: &Cred, open: &v1::Open) -> Answer {
+        let kv = self.link.term.kv();
+        let attr = match state::check_open(&*kv, cred, open) {
+            Ok(Ok(attr)) => attr,
+            Ok(Err(error)) => return failed(error),
+            Err(error) => return failed(store_failed("opening a file", &error)),
+        };
+        self.granted = true;
+        if attr.nlink == 0 {
+            self.link.term.memory().opens.orphaned(self.ino);
+        }
+        let mut layout = None;
+        if open.read && attr.kind() == v1::Kind::File && attr.size > 0 {
+            let slices =
+                v1::GetSlices { ino: open.ino, offset: 0, length: attr.size, max_slices: OPEN_SLICES };
+            let query = Query { op: Some(query::Op::GetSlices(slices)) };
+            match state::query(&*kv, cred, &query) {
+                Ok(Answer { body: Some(Body::Layout(slices)) }) => layout = Some(slices),
+                // Only a courtesy: the client asks when it reads.
+                Ok(_) => {}
+                Err(error) => {
+                    store_failed("reading slices", &error);
+                }
+            }
+        }
+        let mut answer = answer(Body::Opened(v1::Opened { attr: Some(attr), layout }));
+        self.link.term.complete(self.link.session, &mut answer, Appends::None);
+        answer
+    }
+}
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        if !self.granted {
+            let mut memory = self.link.term.memory();
+            if memory.serves(self.link.session, self.link.generation) {
+                memory.opens.close(self.link.session, self.ino);
+            }
+        }
+    }
+}
+
+/// The client appends no more to one of its chunks.
+fn seal_chunk(link: &Link, seal: &v1::SealChunk) -> Answer {
+    let term = &link.term;
+    let id = ChunkId(seal.chunk);
+    match state::chunk_state(&*term.kv(), id) {
+        Ok(Some(chunk)) if chunk.session != link.session.get() => failed(FsError::new(
+            ErrorCode::ErrorNotPermitted,
+            format!("chunk {id} belongs to another session"),
+        )),
+        Ok(Some(chunk)) => {
+            if seal.failed {
+                for node in seal.suspects.iter().filter(|node| chunk.nodes.contains(node)) {
+                    term.nodes.suspect(NodeId(*node));
+                }
+            }
+            if chunk.phase() != Phase::Sealed {
+                term.jobs.seal(id, seal.failed);
+            }
+            empty()
+        }
+        Ok(None) => empty(),
+        Err(error) => failed(store_failed("reading a chunk", &error)),
+    }
+}
+
+// ---- locks ----
+
+fn wanted(link: &Link, lock: &v1::Lock, kind: Kind) -> Result<Lock, FsError> {
+    if lock.start > lock.end {
+        return Err(FsError::new(ErrorCode::ErrorInvalid, "a lock that ends before it begins"));
+    }
+    let owner = Owner { session: link.session, key: lock.owner };
+    Ok(Lock { owner, range: Range { start: lock.start, end: lock.end }, kind, pid: lock.pid })
+}
+
+/// Takes a lock, waits for it, or gives it back.
+pub async fn lock(link: Arc<Link>, seq: u64, lock: v1::Lock) -> Result<Done, Gone> {
+    let done = |answer| Ok(Done::Reply(reply(seq, answer)));
+    let ino = InodeNo(lock.ino);
+    let kind = match lock.r#type() {
+        v1::lock::Type::Read => Kind::Read,
+        v1::lock::Type::Write => Kind::Write,
+        v1::lock::Type::Unlock => {
+            let range = Range { start: lock.start, end: lock.end };
+            if lock.start > lock.end {
+                return done(failed(ErrorCode::ErrorInvalid));
+            }
+            let owner = Owner { session: link.session, key: lock.owner };
+            let mut memory = link.term.memory();
+            let granted = memory.locks.unlock(ino, owner, range);
+            memory.wake(granted);
+            return done(empty());
+        }
+    };
+    let wanted = match wanted(&link, &lock, kind) {
+        Ok(wanted) => wanted,
+        Err(error) => return done(failed(error)),
+    };
+    // A lock that its holder is yet to assert must not be given to somebody else.
+    link.term.reclaimed().await?;
+    link.term.shared.confirm().await?;
+    let outcome = {
+        let mut memory = link.term.memory();
+        if !memory.serves(link.session, link.generation) {
+            return Err(Gone::default());
+        }
+        memory.lock(ino, wanted, lock.wait, seq)
+    };
+    let verdict = match outcome {
+        Ok(Outcome::Held) => return done(empty()),
+        Ok(Outcome::WouldBlock | Outcome::Waiting(_)) => return done(failed(ErrorCode::ErrorWouldBlock)),
+        Ok(Outcome::Deadlock) => return done(failed(ErrorCode::ErrorDeadlock)),
+        Ok(Outcome::TooMany) => return done(failed(ErrorCode::ErrorNoLocks)),
+        Err((id, verdict)) => {
+            let _wait = Wait { link: Arc::clone(&link), id };
+            verdict.await
+        }
+    };
+    match verdict {
+        Ok(Verdict::Held) => {
+            // The grant may have taken hours: it counts only if this master still leads.
+            link.term.shared.confirm().await?;
+            done(empty())
+        }
+        Ok(Verdict::Interrupted) => done(failed(ErrorCode::ErrorInterrupted)),
+        // The session was asserted anew or has ended: whoever serves it now is asked again.
+        Err(_) => Err(Gone::default()),
+    }
+}
+
+/// A wait for a lock; it ends with its stream.
+struct Wait {
+    link: Arc<Link>,
+    id: WaiterId,
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        self.link.term.memory().forget_wait(self.id);
+    }
+}
+
+/// Tells whose lock is in the way.
+pub async fn get_lock(link: Arc<Link>, seq: u64, lock: v1::GetLock) -> Result<Done, Gone> {
+    let done = |answer| Ok(Done::Reply(reply(seq, answer)));
+    let kind = match lock.r#type() {
+        v1::lock::Type::Read => Kind::Read,
+        v1::lock::Type::Write => Kind::Write,
+        v1::lock::Type::Unlock => return done(failed(ErrorCode::ErrorInvalid)),
+    };
+    let owner = Owner { session: link.session, key: lock.owner };
+    let range = Range { start: lock.start, end: lock.end };
+    if lock.start > lock.end {
+        return done(failed(ErrorCode::ErrorInvalid));
+    }
+    link.term.reclaimed().await?;
+    link.term.shared.confirm().await?;
+    let conflict = link.term.memory().locks.conflict(InodeNo(lock.ino), &Lock { owner, range, kind, pid: 0 });
+    let state = conflict.map_or(v1::LockState::default(), |held| v1::LockState {
+        held: true,
+        start: held.range.start,
+        end: held.range.end,
+        r#type: match held.kind {
+            Kind::Read => v1::lock::Type::Read.into(),
+            Kind::Write => v1::lock::Type::Write.into(),
+        },
+        // A process of another machine means nothing here; fcntl(2) shows it as -1 or 0.
+        pid: if held.owner.session == link.session { held.pid } else { 0 },
+    });
+    done(answer(Body::Lock(state)))
+}

@@ -1,0 +1,243 @@
+//! Carries out [`crate::seal`]'s decisions, and the leader's other jobs with chunks, a bounded number at once.
+
+use super::Gone;
+use super::jobs::Job;
+use super::nodes::OrderError;
+use super::term::Term;
+use crate::placement::Health;
+use crate::seal::{Action, Event, Sealing};
+use crate::state;
+use dfs_proto::limits::{NODE_DEAD_MS, SEAL_WAIT_MS};
+use dfs_proto::v1::{self, chunk_state::Phase, order, system, system_answer};
+use dfs_proto::{ByteLen, ChunkId, Epoch, NodeId};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Jobs carried out at once.
+const JOBS_AT_ONCE: usize = 32;
+/// How often chunks are tried again for which no replica was long enough.
+const PARKED_RETRY: Duration = Duration::from_secs(10);
+/// How long a daemon may take over an order that nobody waits for.
+const ORDER_WAIT: Duration = Duration::from_secs(30);
+
+/// Works through the term's jobs until it ends.
+pub async fn run(term: Arc<Term>) {
+    let mut running = FuturesUnordered::new();
+    let mut retry = tokio::time::interval(PARKED_RETRY);
+    retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            job = term.jobs.next(), if running.len() < JOBS_AT_ONCE => {
+                let Some(job) = job else { return };
+                running.push(carry_out(Arc::clone(&term), job));
+            }
+            Some(result) = running.next(), if !running.is_empty() => {
+                if result.is_err() {
+                    return;
+                }
+            }
+            _ = retry.tick() => term.jobs.unpark(),
+        }
+    }
+}
+
+async fn carry_out(term: Arc<Term>, job: Job) -> Result<(), Gone> {
+    let park = match job {
+        Job::Seal(chunk) => seal(&term, chunk).await?,
+        Job::Mend { node, chunk } => {
+            mend(&term, node, chunk).await?;
+            false
+        }
+        Job::Delete { node, chunk } => {
+            delete(&term, node, chunk).await;
+            false
+        }
+    };
+    term.jobs.done(job);
+    if let (true, Job::Seal(chunk)) = (park, job) {
+        term.jobs.park(chunk);
+    }
+    Ok(())
+}
+
+/// Seals one chunk as far as the daemons that are there allow. True: it must wait for others.
+async fn seal(term: &Term, id: ChunkId) -> Result<bool, Gone> {
+    let Some(chunk) = read(term, id) else { return Ok(false) };
+    let (mut sealing, mut action) = Sealing::begin(chunk);
+    loop {
+        action = match action {
+            Action::Fence => {
+                let fence = v1::FenceChunk { chunk: id.get() };
+                match term.shared.system(system::Op::FenceChunk(fence)).await? {
+                    Ok(system_answer::Body::Fenced(chunk)) => sealing.on(Event::Fenced(chunk)),
+                    refused => refuse(&mut sealing, id, "fencing", refused),
+                }
+            }
+            Action::Ask { epoch, nodes } => ask(term, &mut sealing, id, epoch, nodes).await,
+            Action::Seal { epoch, length, nodes } => {
+                let sealed = v1::SealedChunk {
+                    chunk: id.get(),
+                    epoch: epoch.get(),
+                    length: length.get(),
+                    nodes: nodes.iter().map(|node| node.get()).collect(),
+                };
+                match term.shared.system(system::Op::SealedChunk(sealed)).await? {
+                    Ok(_) => {
+                        tracing::debug!(chunk = %id, length = %length, replicas = nodes.len(), "sealed");
+                        sealing.on(Event::Sealed)
+                    }
+                    refused => refuse(&mut sealing, id, "sealing", refused),
+                }
+            }
+            Action::Cut { epoch, length, nodes } => {
+                cut(term, id, epoch, length, nodes).await;
+                return Ok(false);
+            }
+            Action::Park => {
+                tracing::warn!(chunk = %id, "no replica has every committed byte: waiting for daemons to come back");
+                return Ok(true);
+            }
+            Action::Wait | Action::Done => return Ok(false),
+        };
+    }
+}
+
+fn refuse(
+    sealing: &mut Sealing,
+    chunk: ChunkId,
+    what: &str,
+    answer: Result<system_answer::Body, dfs_proto::FsError>,
+) -> Action {
+    tracing::debug!(%chunk, ?answer, what, "not carried out");
+    sealing.on(Event::Refused)
+}
+
+/// Has the daemons fence, and waits until it is decided what comes next.
+async fn ask(term: &Term, sealing: &mut Sealing, chunk: ChunkId, epoch: Epoch, nodes: Vec<NodeId>) -> Action {
+    // Right after an election daemons are only coming back: one that is not here yet is not given up.
+    let since_election = term.now().saturating_sub(term.elected);
+    let arriving = Duration::from_millis(NODE_DEAD_MS).saturating_sub(since_election);
+    let wait = Duration::from_millis(SEAL_WAIT_MS).max(arriving);
+    let deadline = Instant::now() + wait;
+    let op = order::Op::Fence(v1::FenceOrder { chunk: chunk.get(), epoch: epoch.get() });
+    let mut orders: FuturesUnordered<_> = nodes
+        .into_iter()
+        .map(|node| async move { (node, term.nodes.order(term.number, node, op, deadline).await) })
+        .collect();
+    while let Some((node, result)) = orders.next().await {
+        let event = match result {
+            Ok(done) => Event::Answered(node, ByteLen(done.length)),
+            Err(error) => {
+                tracing::info!(%chunk, %node, %error, "not fenced");
+                if matches!(error, OrderError::TimedOut) {
+                    term.nodes.suspect(node);
+                }
+                Event::Failed(node)
+            }
+        };
+        match sealing.on(event) {
+            Action::Wait => {}
+            action => return action,
+        }
+    }
+    sealing.on(Event::TimeUp)
+}
+
+/// Has the replicas closed. One that does not is told again when its daemon reports.
+async fn cut(term: &Term, chunk: ChunkId, epoch: Epoch, length: ByteLen, nodes: Vec<NodeId>) {
+    let orders = nodes.into_iter().filter(|node| term.nodes.is_attached(*node)).map(|node| async move {
+        if let Err(error) = cut_one(term, chunk, epoch, length, node).await {
+            tracing::info!(%chunk, %node, %error, "not closed");
+        }
+    });
+    futures::future::join_all(orders).await;
+}
+
+async fn cut_one(
+    term: &Term,
+    chunk: ChunkId,
+    epoch: Epoch,
+    length: ByteLen,
+    node: NodeId,
+) -> Result<v1::OrderDone, OrderError> {
+    let seal = v1::SealOrder { chunk: chunk.get(), epoch: epoch.get(), length: length.get() };
+    term.nodes.order(term.number, node, order::Op::Seal(seal), Instant::now() + ORDER_WAIT).await
+}
+
+/// Closes a replica of a sealed chunk, and counts it again if it had been given up.
+async fn mend(term: &Term, node: NodeId, id: ChunkId) -> Result<(), Gone> {
+    let Some(chunk) = read(term, id).filter(|chunk| chunk.phase() == Phase::Sealed) else { return Ok(()) };
+    let length = ByteLen(chunk.committed);
+    let done = match cut_one(term, id, Epoch(chunk.epoch), length, node).await {
+        Ok(done) => done,
+        Err(error) => {
+            tracing::info!(chunk = %id, %node, %error, "not closed");
+            return Ok(());
+        }
+    };
+    if done.length < length.get() || chunk.nodes.contains(&node.get()) {
+        return Ok(());
+    }
+    let add = v1::AddReplica { chunk: id.get(), node: node.get() };
+    if let Err(error) = term.shared.system(system::Op::AddReplica(add)).await? {
+        tracing::info!(chunk = %id, %node, %error, "a replica was found but not counted");
+    }
+    Ok(())
+}
+
+async fn delete(term: &Term, node: NodeId, chunk: ChunkId) {
+    if !term.nodes.is_attached(node) {
+        term.nodes.defer_delete(node, chunk);
+        return;
+    }
+    let op = order::Op::Delete(v1::DeleteOrder { chunk: chunk.get() });
+    match term.nodes.order(term.number, node, op, Instant::now() + ORDER_WAIT).await {
+        Ok(_) => {}
+        Err(OrderError::Refused(error)) => tracing::warn!(%chunk, %node, %error, "not deleted"),
+        Err(OrderError::Away | OrderError::TimedOut) => term.nodes.defer_delete(node, chunk),
+    }
+}
+
+/// A chunk as applied; None when it is gone, or when the store fails (which is logged).
+fn read(term: &Term, chunk: ChunkId) -> Option<v1::ChunkState> {
+    match state::chunk_state(&*term.kv(), chunk) {
+        Ok(state) => state,
+        Err(error) => {
+            super::store_failed("reading a chunk", &error);
+            None
+        }
+    }
+}
+
+/// What a daemon's report means for one chunk it has: a job, or something to count.
+pub enum Report {
+    Fine,
+    Job(Job),
+    Unknown,
+    Damaged,
+}
+
+/// Judges one replica by what the daemon found and by what was applied.
+pub fn judge(node: NodeId, found: &v1::ChunkFound, chunk: Option<&v1::ChunkState>) -> Report {
+    let Some(chunk) = chunk else { return Report::Unknown };
+    let id = ChunkId(chunk.chunk);
+    match chunk.phase() {
+        Phase::Open => Report::Fine,
+        Phase::Fenced => Report::Job(Job::Seal(id)),
+        Phase::Sealed => {
+            let listed = chunk.nodes.contains(&node.get());
+            if found.damaged || found.length < chunk.committed {
+                return if listed { Report::Damaged } else { Report::Fine };
+            }
+            if listed && found.sealed { Report::Fine } else { Report::Job(Job::Mend { node, chunk: id }) }
+        }
+    }
+}
+
+/// Whether a replica counts as there.
+pub fn is_alive(health: Health) -> bool {
+    health != Health::Dead
+}

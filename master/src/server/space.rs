@@ -1,0 +1,74 @@
+//! Gives space back: sealed chunks that no file uses any more are dropped, and their replicas deleted.
+//!
+//! A chunk stays for a grace of a session's time to live after its last byte lost its last user, so that whoever looked
+//! up its slices before can still read them. First the drop is committed, only then a replica is deleted.
+
+use super::jobs::Job;
+use super::term::Term;
+use crate::state;
+use dfs_proto::v1::{self, Timestamp, system};
+use dfs_proto::{ChunkId, NodeId};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How often idle chunks are looked for.
+const TICK: Duration = Duration::from_secs(1);
+/// Chunks dropped with one command.
+const BATCH: usize = 256;
+
+/// Drops idle chunks until the term ends.
+pub async fn run(term: Arc<Term>) {
+    loop {
+        tokio::time::sleep(TICK).await;
+        let mut after = ChunkId(0);
+        loop {
+            let page = match state::idle_chunks(&*term.kv(), after, BATCH) {
+                Ok(page) => page,
+                Err(error) => {
+                    super::store_failed("reading the idle chunks", &error);
+                    break;
+                }
+            };
+            let Some((last, _)) = page.last() else { break };
+            after = *last;
+            let full = page.len() == BATCH;
+            let before = term.shared.env.clock.system() - term.shared.settings.session_ttl;
+            let before = Timestamp::from_system(before);
+            let due = page.into_iter().filter(|(_, since)| since.key() < before.key());
+            let due: Vec<ChunkId> = due.map(|(chunk, _)| chunk).collect();
+            if !due.is_empty() && drop_chunks(&term, &due).await.is_err() {
+                return;
+            }
+            if !full {
+                break;
+            }
+        }
+    }
+}
+
+async fn drop_chunks(term: &Term, chunks: &[ChunkId]) -> Result<(), super::Gone> {
+    let kv = term.kv();
+    let mut replicas: Vec<(ChunkId, NodeId)> = Vec::new();
+    for chunk in chunks {
+        match state::chunk_state(&*kv, *chunk) {
+            Ok(Some(state)) => replicas.extend(state.nodes.iter().map(|node| (*chunk, NodeId(*node)))),
+            Ok(None) => {}
+            Err(error) => {
+                super::store_failed("reading a chunk", &error);
+                return Ok(());
+            }
+        }
+    }
+    let drop = v1::DropChunks { chunks: chunks.iter().map(|chunk| chunk.get()).collect() };
+    if let Err(error) = term.shared.system(system::Op::DropChunks(drop)).await? {
+        tracing::warn!(%error, "idle chunks were not dropped");
+        return Ok(());
+    }
+    for (chunk, node) in replicas {
+        // Applied: what is gone from the state now is gone for good. A chunk that got a user again is still there.
+        if matches!(state::chunk_state(&*kv, chunk), Ok(None)) {
+            term.jobs.add(Job::Delete { node, chunk }, false);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,196 @@
+//! One term of leadership: everything the leader keeps in memory, from its election to its end.
+
+use super::jobs::Jobs;
+use super::memory::{Memory, Session};
+use super::nodes::Nodes;
+use super::{Gone, Shared, store_failed};
+use crate::placement::{Placement, SpreadByHost};
+use crate::state;
+use bytes::Bytes;
+use dfs_proto::v1::{self, ErrorCode, SessionRow, system, system_answer};
+use dfs_proto::{ChunkId, FsError, FsResult, SessionId};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// A term that this master leads.
+pub struct Term {
+    pub shared: Arc<Shared>,
+    pub number: u64,
+    /// Time since boot when it began.
+    pub elected: Duration,
+    /// The cluster's settings, decided once at its first start.
+    pub replicas: u32,
+    pub chunk_size: u64,
+    pub nodes: Nodes,
+    pub jobs: Jobs,
+    pub placement: Box<dyn Placement>,
+    pub census: Mutex<super::census::Census>,
+    /// Locked alone: while it is held no other lock is taken.
+    memory: Mutex<Memory>,
+    ended: watch::Sender<bool>,
+    /// True once every session of before the election has said what it holds, or is gone: the reclaim gate is open.
+    reclaimed: watch::Sender<bool>,
+}
+
+impl Term {
+    /// Takes office: makes sure that everything committed is applied, gives a new cluster its settings, and reads who
+    /// is there.
+    pub async fn begin(shared: &Arc<Shared>, number: u64) -> Result<FsResult<Arc<Self>>, Gone> {
+        shared.confirm().await?;
+        let kv = shared.node.kv();
+        let read = |what: &str, error: std::io::Error| store_failed(what, &error);
+        let mut cluster = match state::cluster_row(&*kv) {
+            Ok(row) => row,
+            Err(error) => return Ok(Err(read("reading the cluster's settings", error))),
+        };
+        if cluster.is_none() {
+            let hash_key: Vec<u8> = (0..2).flat_map(|_| shared.env.random().to_le_bytes()).collect();
+            let init = v1::Init {
+                hash_key: Bytes::from(hash_key),
+                replicas: shared.settings.replicas,
+                chunk_size: shared.settings.chunk_size,
+            };
+            if let Err(error) = shared.system(system::Op::Init(init)).await? {
+                return Ok(Err(error.during("giving the new cluster its settings")));
+            }
+            cluster = match state::cluster_row(&*kv) {
+                Ok(row) => row,
+                Err(error) => return Ok(Err(read("reading the cluster's settings", error))),
+            };
+        }
+        let Some(cluster) = cluster else {
+            return Ok(Err(FsError::new(ErrorCode::ErrorIo, "the cluster has no settings after Init")));
+        };
+        let (sessions, nodes, unsealed) =
+            match (state::sessions(&*kv), state::nodes(&*kv), state::unsealed_chunks(&*kv)) {
+                (Ok(sessions), Ok(nodes), Ok(unsealed)) => (sessions, nodes, unsealed),
+                (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => {
+                    return Ok(Err(read("reading sessions, daemons and chunks", error)));
+                }
+            };
+        let elected = shared.env.clock.boot();
+        let alone = sessions.is_empty();
+        let term = Arc::new(Self {
+            shared: Arc::clone(shared),
+            number,
+            elected,
+            replicas: cluster.replicas,
+            chunk_size: cluster.chunk_size,
+            nodes: Nodes::new(Arc::clone(&shared.env.clock), nodes, elected),
+            jobs: Jobs::default(),
+            placement: Box::new(SpreadByHost),
+            census: Mutex::default(),
+            memory: Mutex::new(Memory::new(sessions, elected)),
+            ended: watch::Sender::new(false),
+            reclaimed: watch::Sender::new(alone),
+        });
+        for (session, chunk) in unsealed {
+            term.resume_seal(session, chunk);
+        }
+        Ok(Ok(term))
+    }
+
+    /// A chunk somebody left unsealed: sealing goes on if it had begun, and begins if its session is gone.
+    pub fn resume_seal(&self, session: SessionId, chunk: ChunkId) {
+        let fenced = match state::chunk_state(&*self.kv(), chunk) {
+            Ok(state) => state.is_some_and(|state| state.phase() != v1::chunk_state::Phase::Open),
+            Err(error) => {
+                store_failed("reading a chunk", &error);
+                return;
+            }
+        };
+        if fenced || !self.memory().sessions.contains_key(&session) {
+            self.jobs.seal(chunk, false);
+        }
+    }
+
+    /// The term is over: streams end, nothing more is answered.
+    pub fn end(&self) {
+        self.ended.send_replace(true);
+        self.jobs.close();
+    }
+
+    /// Becomes true when the term is over.
+    pub fn ended(&self) -> watch::Receiver<bool> {
+        self.ended.subscribe()
+    }
+
+    /// Sessions, opens and locks.
+    pub fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The applied state.
+    pub fn kv(&self) -> Arc<dyn state::Kv> {
+        self.shared.node.kv()
+    }
+
+    /// Time since boot.
+    pub fn now(&self) -> Duration {
+        self.shared.env.clock.boot()
+    }
+
+    /// Opens the reclaim gate if `last` says that nobody is waited for any more.
+    pub fn reclaim(&self, last: bool) {
+        if last {
+            self.reclaimed.send_if_modified(|open| !std::mem::replace(open, true));
+        }
+    }
+
+    /// Whether the reclaim gate is open.
+    pub fn is_reclaimed(&self) -> bool {
+        *self.reclaimed.borrow()
+    }
+
+    /// Waits for the reclaim gate. Bounded: whoever does not attach expires.
+    pub async fn reclaimed(&self) -> Result<(), Gone> {
+        let mut gate = self.reclaimed.subscribe();
+        let mut ended = self.ended();
+        tokio::select! {
+            opened = gate.wait_for(|open| *open) => opened.map(|_| ()).map_err(|_| Gone::default()),
+            _ = ended.wait_for(|ended| *ended) => Err(Gone::default()),
+        }
+    }
+
+    /// Opens a new session.
+    pub async fn open_session(
+        &self,
+        nonce: u64,
+        client: &str,
+        host: &str,
+    ) -> Result<FsResult<SessionId>, Gone> {
+        let open = v1::OpenSession { nonce, client: client.to_owned(), host: host.to_owned() };
+        let id = match self.shared.system(system::Op::OpenSession(open)).await? {
+            Ok(system_answer::Body::Session(id)) => SessionId(id),
+            Ok(other) => {
+                let text = format!("opening a session was answered {other:?}");
+                return Ok(Err(FsError::new(ErrorCode::ErrorIo, text)));
+            }
+            Err(error) => return Ok(Err(error)),
+        };
+        let row =
+            SessionRow { nonce, client: client.to_owned(), host: host.to_owned(), ..SessionRow::default() };
+        let now = self.now();
+        self.memory().sessions.entry(id).or_insert_with(|| Session::new(row, now));
+        Ok(Ok(id))
+    }
+
+    /// Ends a session for good: opens and locks are free, its open chunks will be sealed.
+    pub async fn close_session(&self, id: SessionId) -> Result<(), Gone> {
+        self.memory().begin_closing(id);
+        let close = v1::CloseSession { target: id.get() };
+        match self.shared.system(system::Op::CloseSession(close)).await? {
+            Ok(system_answer::Body::Chunks(list)) => {
+                for chunk in list.chunks {
+                    self.jobs.seal(ChunkId(chunk), false);
+                }
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(session = %id, %error, "closing a session"),
+        }
+        let last = self.memory().end_session(id);
+        self.reclaim(last);
+        Ok(())
+    }
+}
