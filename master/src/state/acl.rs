@@ -116,7 +116,11 @@ impl Acl {
             return Ok(None);
         }
         let acl = Self(entries);
-        if acl.is_valid() { Ok(Some(acl)) } else { refused(ErrorCode::ErrorInvalid, "an ACL that is not valid") }
+        if acl.is_valid() {
+            Ok(Some(acl))
+        } else {
+            refused(ErrorCode::ErrorInvalid, "an ACL that is not valid")
+        }
     }
 
     /// posix_acl_valid() of the kernel.
@@ -269,7 +273,12 @@ mod tests {
     fn lists_that_are_not_valid_are_refused() {
         let bad = [
             acl(&[(Tag::UserObj, 7, NONE), (Tag::GroupObj, 7, NONE)]),
-            acl(&[(Tag::UserObj, 7, NONE), (Tag::User, 7, 5), (Tag::GroupObj, 7, NONE), (Tag::Other, 0, NONE)]),
+            acl(&[
+                (Tag::UserObj, 7, NONE),
+                (Tag::User, 7, 5),
+                (Tag::GroupObj, 7, NONE),
+                (Tag::Other, 0, NONE),
+            ]),
             acl(&[(Tag::Other, 7, NONE), (Tag::GroupObj, 7, NONE), (Tag::UserObj, 0, NONE)]),
             acl(&[(Tag::UserObj, 8, NONE), (Tag::GroupObj, 7, NONE), (Tag::Other, 0, NONE)]),
         ];

@@ -30,7 +30,10 @@ pub fn once(
     };
     raise_floor(state, session, &mut row, command)?;
     if command.seq < row.lowest_unanswered {
-        return Ok(failure(ErrorCode::ErrorConflict, format!("request {} was answered long ago", command.seq)));
+        return Ok(failure(
+            ErrorCode::ErrorConflict,
+            format!("request {} was answered long ago", command.seq),
+        ));
     }
     let key = keys::answer(session, command.seq);
     if let Some(recorded) = state.tx.row::<v1::Answer>(&key)? {

@@ -123,7 +123,10 @@ pub fn dentry(parent: InodeNo, hash: u64, name: &[u8]) -> Vec<u8> {
 /// The directory's entries whose cookie is above `cookie`.
 #[must_use]
 pub fn dentries_after(parent: InodeNo, cookie: u64) -> KeyRange {
-    (key(tag::DENTRY, &[parent.get(), cookie.saturating_add(1)], &[]), after(&key(tag::DENTRY, &[parent.get()], &[])))
+    (
+        key(tag::DENTRY, &[parent.get(), cookie.saturating_add(1)], &[]),
+        after(&key(tag::DENTRY, &[parent.get()], &[])),
+    )
 }
 
 #[must_use]
@@ -274,7 +277,8 @@ mod tests {
             let key = dentry(InodeNo(parent), hash, &name);
             prop_assert_eq!((number(&key, 0), number(&key, 1), tail(&key, 2)), (Some(parent), Some(hash), Some(name.as_slice())));
             let name: Vec<u8> = name.into_iter().filter(|byte| *byte != 0).collect();
-            prop_assert_eq!(xattr_name(&xattr(InodeNo(parent), &name, part)), Some((name.as_slice(), part)));
+            let key = xattr(InodeNo(parent), &name, part);
+            prop_assert_eq!(xattr_name(&key), Some((name.as_slice(), part)));
             let key = user(ChunkId(parent), ByteOffset(hash), InodeNo(hash), ByteOffset(parent));
             prop_assert_eq!((number(&key, 0), number(&key, 3), number(&key, 4)), (Some(parent), Some(parent), None));
         }

@@ -6,7 +6,10 @@ use std::ops::{Bound, ControlFlow};
 use std::sync::{PoisonError, RwLock};
 
 /// What a batch changes: the new value of each key, or None where it is deleted.
-pub type WriteSet = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
+pub type WriteSet = BTreeMap<Vec<u8>, Write>;
+
+/// A key's new value, or None where it is deleted.
+pub type Write = Option<Vec<u8>>;
 
 /// What a scan calls for each key and value.
 pub type Each<'a> = dyn FnMut(&[u8], &[u8]) -> ControlFlow<()> + 'a;
@@ -50,7 +53,9 @@ pub struct MemKv {
     rows: RwLock<BTreeMap<Vec<u8>, Vec<u8>>>,
 }
 
-fn range<'k>(from: &'k [u8], to: &'k [u8]) -> Option<(Bound<&'k [u8]>, Bound<&'k [u8]>)> {
+type Bounds<'k> = (Bound<&'k [u8]>, Bound<&'k [u8]>);
+
+fn range<'k>(from: &'k [u8], to: &'k [u8]) -> Option<Bounds<'k>> {
     // BTreeMap panics on a range that ends before it begins; to us it is merely empty.
     (from < to).then_some((Bound::Included(from), Bound::Excluded(to)))
 }
@@ -107,7 +112,7 @@ pub struct Tx<'k> {
     base: &'k dyn Kv,
     writes: WriteSet,
     /// What `writes` held before each write of this command, oldest first.
-    undo: Vec<(Vec<u8>, Option<Option<Vec<u8>>>)>,
+    undo: Vec<(Vec<u8>, Option<Write>)>,
 }
 
 impl<'k> Tx<'k> {
@@ -132,7 +137,7 @@ impl<'k> Tx<'k> {
         self.write(key, None);
     }
 
-    fn write(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) {
+    fn write(&mut self, key: Vec<u8>, value: Write) {
         let before = self.writes.insert(key.clone(), value);
         self.undo.push((key, before));
     }
@@ -193,12 +198,15 @@ impl<'k> Tx<'k> {
     /// As [`Kv::last`], writes of this transaction included.
     pub fn last(&self, from: &[u8], to: &[u8]) -> io::Result<Option<(Vec<u8>, Vec<u8>)>> {
         let Some(bounds) = range(from, to) else { return Ok(None) };
-        let ours = self.writes.range::<[u8], _>(bounds).rev().find_map(|(key, value)| Some((key, value.as_ref()?)));
+        let ours =
+            self.writes.range::<[u8], _>(bounds).rev().find_map(|(key, value)| Some((key, value.as_ref()?)));
         let mut end = to.to_vec();
         loop {
             let theirs = self.base.last(from, &end)?;
             return Ok(match (ours, theirs) {
-                (Some((key, value)), Some((their_key, _))) if *key >= their_key => Some((key.clone(), value.clone())),
+                (Some((key, value)), Some((their_key, _))) if *key >= their_key => {
+                    Some((key.clone(), value.clone()))
+                }
                 (_, Some((their_key, their_value))) => match self.writes.get(&their_key) {
                     // Deleted here (what is overwritten here was found in `ours`): look below it.
                     Some(_) => {

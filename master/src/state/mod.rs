@@ -33,6 +33,7 @@ pub const BATCH_VERSION: u32 = 1;
 
 /// What one command answered.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "nearly all of them are answers")]
 pub enum Applied {
     Answer(v1::Answer),
     System(v1::SystemAnswer),
@@ -80,7 +81,10 @@ fn begin<'k>(kv: &'k dyn Kv, command: &v1::Command) -> io::Result<Option<State<'
         (None, None) => return Ok(None),
     };
     if cluster.format != keys::FORMAT {
-        return Err(corrupt(&key, format!("keyspace format {}, this master knows {}", cluster.format, keys::FORMAT)));
+        return Err(corrupt(
+            &key,
+            format!("keyspace format {}, this master knows {}", cluster.format, keys::FORMAT),
+        ));
     }
     let hash_key =
         cluster.hash_key.as_ref().try_into().map_err(|_| corrupt(&key, "a hash key of the wrong length"))?;
@@ -109,9 +113,9 @@ fn uninitialised(command: &v1::Command) -> FsError {
 
 fn fail(command: &v1::Command, error: FsError) -> Applied {
     match &command.body {
-        Some(command::Body::System(_)) => Applied::System(v1::SystemAnswer {
-            body: Some(system_answer::Body::Failure(error.into())),
-        }),
+        Some(command::Body::System(_)) => {
+            Applied::System(v1::SystemAnswer { body: Some(system_answer::Body::Failure(error.into())) })
+        }
         Some(command::Body::Mutation(_)) | None => {
             Applied::Answer(v1::Answer { body: Some(answer::Body::Failure(error.into())) })
         }

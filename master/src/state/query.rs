@@ -73,8 +73,11 @@ impl<'k> Reader<'k> {
         let Some(cluster) = tx.row::<v1::ClusterRow>(&key)? else {
             return refused(ErrorCode::ErrorUnavailable, "the cluster has not been initialised yet");
         };
-        let hash_key =
-            cluster.hash_key.as_ref().try_into().map_err(|_| corrupt(&key, "a hash key of the wrong length"))?;
+        let hash_key = cluster
+            .hash_key
+            .as_ref()
+            .try_into()
+            .map_err(|_| corrupt(&key, "a hash key of the wrong length"))?;
         Ok(Self { tx, cluster, hash_key })
     }
 
@@ -222,8 +225,9 @@ fn get_chunks(tx: &Tx<'_>, op: &v1::GetChunks) -> OpResult<Body> {
 pub fn chunk_access(tx: &Tx<'_>, state: &ChunkState) -> io::Result<ChunkAccess> {
     let mut replicas = Vec::with_capacity(state.nodes.len());
     for node in state.nodes.iter().copied().map(NodeId) {
-        let row =
-            tx.find_node(node)?.ok_or_else(|| corrupt(&keys::node(node), "holds a replica, but is not there"))?;
+        let row = tx
+            .find_node(node)?
+            .ok_or_else(|| corrupt(&keys::node(node), "holds a replica, but is not there"))?;
         replicas.push(v1::Replica { node: row.node, address: row.address, host: row.host });
     }
     Ok(ChunkAccess {
@@ -238,7 +242,13 @@ pub fn chunk_access(tx: &Tx<'_>, state: &ChunkState) -> io::Result<ChunkAccess> 
 }
 
 /// The slices of a file's range and where their chunks live, without tokens: for the answer to an open.
-pub fn layout(kv: &dyn Kv, ino: InodeNo, offset: u64, length: u64, max: u32) -> io::Result<FsResult<v1::Layout>> {
+pub fn layout(
+    kv: &dyn Kv,
+    ino: InodeNo,
+    offset: u64,
+    length: u64,
+    max: u32,
+) -> io::Result<FsResult<v1::Layout>> {
     let tx = Tx::new(kv);
     answered(tx.inode(ino).and_then(|inode| layout_of(&tx, &inode, offset, length, max)))
 }
@@ -258,7 +268,9 @@ fn layout_of(tx: &Tx<'_>, inode: &Inode, offset: u64, length: u64, max: u32) -> 
     for (at, row) in found {
         let id = ChunkId(row.chunk);
         if let std::collections::btree_map::Entry::Vacant(vacant) = chunks.entry(id) {
-            let state = tx.find_chunk(id)?.ok_or_else(|| corrupt(&keys::chunk(id), "named by a slice, but not there"))?;
+            let state = tx
+                .find_chunk(id)?
+                .ok_or_else(|| corrupt(&keys::chunk(id), "named by a slice, but not there"))?;
             vacant.insert(chunk_access(tx, &state)?);
         }
         slices.push(v1::Slice {

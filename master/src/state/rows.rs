@@ -102,7 +102,11 @@ impl Tx<'_> {
                 Ok(row) => rows.push(row),
                 Err(error) => failure = Some(error),
             }
-            if failure.is_some() || rows.len() == limit { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            if failure.is_some() || rows.len() == limit {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
         })?;
         failure.map_or(Ok(rows), Err)
     }

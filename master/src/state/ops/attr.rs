@@ -4,9 +4,7 @@ use super::{Caller, State, data, entry};
 use crate::state::access::{self, GROUP_EXEC, SET_GID, SET_UID, WRITE};
 use crate::state::acl;
 use crate::state::kv::Tx;
-use crate::state::rows::{
-    FLAG_APPEND, FLAG_IMMUTABLE, FLAGS_MODIFIABLE, Inode, OpResult, refused,
-};
+use crate::state::rows::{FLAG_APPEND, FLAG_IMMUTABLE, FLAGS_MODIFIABLE, Inode, OpResult, refused};
 use dfs_proto::InodeNo;
 use dfs_proto::limits::{CHUNK_SIZE_MAX, CHUNK_SIZE_MIN, REPLICAS_MAX};
 use dfs_proto::v1::{self, Cred, ErrorCode, Kind, answer::Body};
@@ -175,7 +173,9 @@ fn check_times(tx: &Tx<'_>, cred: &Cred, inode: &Inode, op: &v1::SetAttr) -> OpR
 
 /// Flags of chattr(1), and how a file's chunks are to be made.
 fn check_policy(cred: &Cred, inode: &Inode, op: &v1::SetAttr) -> OpResult<()> {
-    if (op.flags.is_some() || op.replicas.is_some() || op.chunk_size.is_some()) && !access::owns(cred, &inode.attr) {
+    if (op.flags.is_some() || op.replicas.is_some() || op.chunk_size.is_some())
+        && !access::owns(cred, &inode.attr)
+    {
         return refused(ErrorCode::ErrorNotPermitted, "only the owner may change this");
     }
     if let Some(flags) = op.flags {

@@ -58,7 +58,10 @@ pub fn alloc(s: &mut State<'_>, by: &Caller<'_>, op: &v1::AllocChunks) -> OpResu
 fn check_nodes(s: &State<'_>, nodes: &[u64]) -> OpResult<()> {
     let different: BTreeSet<u64> = nodes.iter().copied().collect();
     if nodes.is_empty() || different.len() != nodes.len() || nodes.len() > REPLICAS_MAX as usize {
-        return refused(ErrorCode::ErrorInvalid, "a placement without nodes, with too many or with one twice");
+        return refused(
+            ErrorCode::ErrorInvalid,
+            "a placement without nodes, with too many or with one twice",
+        );
     }
     for node in nodes.iter().copied().map(NodeId) {
         if s.tx.find_node(node)?.is_none() {

@@ -100,13 +100,11 @@ fn mode_below(by: &Caller<'_>, parent: &Attr, op: &v1::Create) -> u32 {
     }
 }
 
+/// ACLs with the names of their xattrs.
+type Acls = Vec<(&'static [u8], Acl)>;
+
 /// The new inode and its ACLs; takes a number for it.
-fn new_inode(
-    s: &mut State<'_>,
-    by: &Caller<'_>,
-    parent: &Inode,
-    op: &v1::Create,
-) -> OpResult<(Inode, Vec<(&'static [u8], Acl)>)> {
+fn new_inode(s: &mut State<'_>, by: &Caller<'_>, parent: &Inode, op: &v1::Create) -> OpResult<(Inode, Acls)> {
     let kind = op.kind();
     let mut mode = mode_below(by, &parent.attr, op);
     let mut acls = Vec::new();

@@ -107,7 +107,10 @@ pub fn fallocate(s: &mut State<'_>, by: &Caller<'_>, op: &v1::Fallocate) -> OpRe
         return refused(ErrorCode::ErrorInvalid, "an empty range");
     }
     if op.punch_hole && (!op.keep_size || op.zero_range) {
-        return refused(ErrorCode::ErrorNotSupported, "FALLOC_FL_PUNCH_HOLE goes with FALLOC_FL_KEEP_SIZE only");
+        return refused(
+            ErrorCode::ErrorNotSupported,
+            "FALLOC_FL_PUNCH_HOLE goes with FALLOC_FL_KEEP_SIZE only",
+        );
     }
     let mut inode = file(s, op.ino)?;
     let end = range_end(op.offset, op.length)?;

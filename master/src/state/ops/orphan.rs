@@ -1,7 +1,7 @@
 //! Inodes without a name: kept while somebody holds them open, freed by Reap in bounded steps.
 
-use super::slices;
 use super::State;
+use super::slices;
 use crate::state::keys;
 use crate::state::rows::{OpResult, corrupt, refused};
 use dfs_proto::limits::REAP_ROWS_MAX;
@@ -102,7 +102,9 @@ pub fn touch(s: &mut State<'_>, op: &v1::Touch) -> OpResult<v1::answer::Body> {
         return refused(ErrorCode::ErrorInvalid, "too many inodes in one command");
     }
     for item in &op.items {
-        let (Some(atime), Some(mut inode)) = (item.atime, s.tx.find_inode(InodeNo(item.ino))?) else { continue };
+        let (Some(atime), Some(mut inode)) = (item.atime, s.tx.find_inode(InodeNo(item.ino))?) else {
+            continue;
+        };
         let atime = if atime.key() > s.now.key() { s.now } else { atime };
         if atime.nanos < 1_000_000_000 && inode.attr.atime.is_none_or(|old| old.key() < atime.key()) {
             inode.attr.atime = Some(atime);
@@ -111,4 +113,3 @@ pub fn touch(s: &mut State<'_>, op: &v1::Touch) -> OpResult<v1::answer::Body> {
     }
     Ok(v1::answer::Body::Empty(v1::Empty {}))
 }
-

@@ -82,9 +82,11 @@ fn is_at_or_above(tx: &Tx<'_>, dir: InodeNo, below: InodeNo) -> OpResult<bool> {
         if at == InodeNo::ROOT {
             return Ok(false);
         }
-        // A removed directory's parent may be gone: nothing is above it then.
-        let Some(inode) = tx.find_inode(at)? else { return Ok(false) };
-        at = InodeNo(inode.attr.parent);
+        // Nothing is above a removed directory, whatever its ".." once was.
+        match tx.find_inode(at)? {
+            Some(inode) if inode.attr.nlink > 0 => at = InodeNo(inode.attr.parent),
+            _ => return Ok(false),
+        }
     }
     refused(ErrorCode::ErrorLoop, "the directories are too deep")
 }

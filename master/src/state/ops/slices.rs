@@ -154,7 +154,8 @@ pub fn remove_user(s: &mut State<'_>, slice: &SliceRow, ino: InodeNo, at: ByteOf
         (extent.has_first, extent.first_ino, extent.first_offset) = (false, 0, 0);
     } else {
         let user = keys::user(ChunkId(slice.chunk), ByteOffset(slice.extent), ino, at);
-        extent.others = extent.others.checked_sub(1).ok_or_else(|| corrupt(&user, "an extent without this user"))?;
+        extent.others =
+            extent.others.checked_sub(1).ok_or_else(|| corrupt(&user, "an extent without this user"))?;
         s.tx.delete(user);
     }
     if extent.has_first || extent.others > 0 {

@@ -27,7 +27,8 @@ fn space_of(name: &[u8]) -> OpResult<Space> {
     if name.contains(&0) {
         return refused(ErrorCode::ErrorInvalid, "an attribute's name with a zero byte");
     }
-    let spaces = [(b"user.".as_slice(), Space::User), (b"trusted.", Space::Trusted), (b"security.", Space::Security)];
+    let spaces =
+        [(b"user.".as_slice(), Space::User), (b"trusted.", Space::Trusted), (b"security.", Space::Security)];
     for (prefix, space) in spaces {
         if let Some(rest) = name.strip_prefix(prefix) {
             return if rest.is_empty() { Err(ErrorCode::ErrorInvalid.into()) } else { Ok(space) };

@@ -1,0 +1,389 @@
+//! The slice map against files that are plain arrays, chunks through their lives, and reaping in steps.
+
+use super::*;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+
+/// Where bytes come from: a chunk that is being filled. A byte's value in the model is its place: (chunk, offset) + 1.
+struct Writer {
+    chunk: ChunkAccess,
+    offset: u64,
+}
+
+impl World {
+    fn writer(&self) -> Writer {
+        Writer { chunk: self.alloc(1).remove(0), offset: 0 }
+    }
+
+    fn file(&self, name: &str) -> u64 {
+        self.make(&root(), ROOT, name, Kind::File, 0o644).unwrap().ino
+    }
+
+    /// Every byte of the file, as the layout tells where it lies; 0 is a hole.
+    fn bytes(&self, ino: u64) -> Vec<u64> {
+        let size = self.attr(ino).unwrap().size;
+        let mut bytes = vec![0; usize::try_from(size).unwrap()];
+        let mut offset = 0;
+        while offset < size {
+            let op = v1::GetSlices { ino, offset, length: size - offset, max_slices: 3 };
+            let answer::Body::Layout(layout) = self.ask(&root(), v1::query::Op::GetSlices(op)).unwrap()
+            else {
+                panic!("a layout was asked for")
+            };
+            for slice in &layout.slices {
+                assert!(layout.chunks.iter().any(|chunk| chunk.chunk == slice.chunk));
+                for at in 0..slice.length {
+                    bytes[usize::try_from(slice.file_offset + at).unwrap()] =
+                        place(slice.chunk, slice.chunk_offset + at);
+                }
+            }
+            assert!(layout.complete_to > offset);
+            offset = layout.complete_to;
+        }
+        bytes
+    }
+}
+
+fn place(chunk: u64, offset: u64) -> u64 {
+    chunk * CHUNK + offset + 1
+}
+
+impl Writer {
+    fn slice(&mut self, file_offset: u64, length: u64) -> v1::CommitSlice {
+        let chunk_offset = self.offset;
+        self.offset += length;
+        let (chunk, epoch) = (self.chunk.chunk, self.chunk.epoch);
+        v1::CommitSlice { file_offset, chunk, chunk_offset, length, epoch, record_end: self.offset }
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Write(usize, u64, u64),
+    WriteTwo(usize, u64, u64, u64, u64),
+    Again(usize, u64),
+    Truncate(usize, u64),
+    Punch(usize, u64, u64),
+    Zero(usize, u64, u64, bool),
+    Allocate(usize, u64, u64),
+    Copy(usize, u64, usize, u64, u64),
+    NewChunk,
+    Seal,
+    Replace(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let (file, at, len) = (|| 0_usize..3, || 0_u64..120, || 1_u64..60);
+    prop_oneof![
+        6 => (file(), at(), len()).prop_map(|(f, a, l)| Step::Write(f, a, l)),
+        2 => (file(), at(), len(), at(), len()).prop_map(|(f, a, l, b, m)| Step::WriteTwo(f, a, l, b, m)),
+        1 => (file(), at()).prop_map(|(f, a)| Step::Again(f, a)),
+        2 => (file(), at()).prop_map(|(f, a)| Step::Truncate(f, a)),
+        2 => (file(), at(), len()).prop_map(|(f, a, l)| Step::Punch(f, a, l)),
+        1 => (file(), at(), len(), any::<bool>()).prop_map(|(f, a, l, k)| Step::Zero(f, a, l, k)),
+        1 => (file(), at(), len()).prop_map(|(f, a, l)| Step::Allocate(f, a, l)),
+        4 => (file(), at(), file(), at(), len()).prop_map(|(f, a, t, b, l)| Step::Copy(f, a, t, b, l)),
+        1 => Just(Step::NewChunk),
+        1 => Just(Step::Seal),
+        1 => file().prop_map(Step::Replace),
+    ]
+}
+
+fn write_model(model: &mut Vec<u64>, at: u64, values: impl IntoIterator<Item = u64>) {
+    for (index, value) in values.into_iter().enumerate() {
+        let at = usize::try_from(at).unwrap() + index;
+        if model.len() <= at {
+            model.resize(at + 1, 0);
+        }
+        model[at] = value;
+    }
+}
+
+/// A world of three files and their models.
+struct Files {
+    w: World,
+    writer: Writer,
+    inos: Vec<u64>,
+    models: Vec<Vec<u64>>,
+    last: Option<v1::CommitSlice>,
+    names: u64,
+}
+
+impl Files {
+    fn new() -> Self {
+        let w = World::new();
+        let inos = ["a", "b", "c"].map(|name| w.file(name)).to_vec();
+        Self { writer: w.writer(), w, inos, models: vec![vec![]; 3], last: None, names: 0 }
+    }
+
+    fn commit(&mut self, file: usize, slices: Vec<v1::CommitSlice>) {
+        for slice in &slices {
+            let values = (0..slice.length).map(|at| place(slice.chunk, slice.chunk_offset + at));
+            write_model(&mut self.models[file], slice.file_offset, values);
+            self.last = Some(*slice);
+        }
+        self.w.commit(self.inos[file], slices).unwrap();
+    }
+
+    fn fallocate(
+        &mut self,
+        file: usize,
+        offset: u64,
+        length: u64,
+        keep_size: bool,
+        punch_hole: bool,
+        zero_range: bool,
+    ) {
+        let op = v1::Fallocate { ino: self.inos[file], offset, length, keep_size, punch_hole, zero_range };
+        self.w.mutate(&root(), mutation::Op::Fallocate(op)).unwrap();
+        let model = &mut self.models[file];
+        let end = usize::try_from(offset + length).unwrap();
+        if !keep_size && model.len() < end {
+            model.resize(end, 0);
+        }
+        if punch_hole || zero_range {
+            let (from, to) = (usize::try_from(offset).unwrap().min(model.len()), end.min(model.len()));
+            model[from..to].fill(0);
+        }
+    }
+
+    fn copy(&mut self, from: usize, from_offset: u64, to: usize, to_offset: u64, length: u64) {
+        let op = v1::CopyRange {
+            from: self.inos[from],
+            from_offset,
+            to: self.inos[to],
+            to_offset,
+            length,
+            kill_priv: false,
+        };
+        let size = self.models[from].len() as u64;
+        let expected = length.min(size.saturating_sub(from_offset));
+        let overlaps = from == to && from_offset < to_offset + expected && to_offset < from_offset + expected;
+        match self.w.mutate(&root(), mutation::Op::CopyRange(op)) {
+            Err(error) => assert!(overlaps && error.code == ErrorCode::ErrorInvalid, "{error}"),
+            Ok(answer::Body::Copied(copied)) => {
+                assert!(!overlaps);
+                assert_eq!(copied.length, expected);
+                let start = usize::try_from(from_offset).unwrap();
+                let values: Vec<u64> = self.models[from]
+                    .iter()
+                    .skip(start)
+                    .take(usize::try_from(expected).unwrap())
+                    .copied()
+                    .collect();
+                write_model(&mut self.models[to], to_offset, values);
+            }
+            Ok(other) => panic!("{other:?}"),
+        }
+    }
+
+    fn run(&mut self, step: &Step) {
+        match *step {
+            Step::Write(file, at, len) => {
+                let slice = self.writer.slice(at, len);
+                self.commit(file, vec![slice]);
+            }
+            Step::WriteTwo(file, at, len, at2, len2) => {
+                let slices = vec![self.writer.slice(at, len), self.writer.slice(at2, len2)];
+                self.commit(file, slices);
+            }
+            Step::Again(file, file_offset) => {
+                let same = self.last.filter(|last| last.chunk == self.writer.chunk.chunk);
+                if let Some(slice) = same {
+                    self.commit(file, vec![v1::CommitSlice { file_offset, ..slice }]);
+                }
+            }
+            Step::Truncate(file, size) => {
+                let op = v1::SetAttr { ino: self.inos[file], size: Some(size), ..Default::default() };
+                self.w.set_attr(&root(), op).unwrap();
+                self.models[file].resize(usize::try_from(size).unwrap(), 0);
+            }
+            Step::Punch(file, at, len) => self.fallocate(file, at, len, true, true, false),
+            Step::Zero(file, at, len, keep) => self.fallocate(file, at, len, keep, false, true),
+            Step::Allocate(file, at, len) => self.fallocate(file, at, len, false, false, false),
+            Step::Copy(from, from_offset, to, to_offset, len) => {
+                self.copy(from, from_offset, to, to_offset, len)
+            }
+            Step::NewChunk => self.writer = self.w.writer(),
+            Step::Seal => {
+                self.w.seal(self.writer.chunk.chunk);
+                self.writer = self.w.writer();
+            }
+            Step::Replace(file) => {
+                let name = ["a", "b", "c"][file];
+                self.names += 1;
+                let fresh = self.w.file(&format!("new{}", self.names));
+                self.w.rename(&root(), (ROOT, &format!("new{}", self.names)), (ROOT, name), "").unwrap();
+                self.w.reap_all();
+                self.inos[file] = fresh;
+                self.models[file].clear();
+            }
+        }
+    }
+
+    fn check(&self) {
+        self.w.check();
+        for (ino, model) in self.inos.iter().zip(&self.models) {
+            assert_eq!(&self.w.bytes(*ino), model);
+            let mapped = model.iter().filter(|byte| **byte != 0).count() as u64;
+            assert_eq!(self.w.attr(*ino).unwrap().blocks, mapped.div_ceil(512));
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 192, ..ProptestConfig::default() })]
+
+    #[test]
+    fn files_read_as_plain_arrays_whatever_is_done_to_them(steps in prop::collection::vec(step(), 1..40)) {
+        let mut files = Files::new();
+        for step in &steps {
+            files.run(step);
+            files.check();
+        }
+        for name in ["a", "b", "c"] {
+            files.w.unlink(&root(), ROOT, name, false).unwrap();
+        }
+        files.w.reap_all();
+        files.w.check();
+        let cluster = cluster_row(&files.w.kv).unwrap().unwrap();
+        prop_assert_eq!((cluster.live_bytes, cluster.files), (0, 1));
+        prop_assert_eq!(files.w.seal(files.writer.chunk.chunk).live, 0);
+        // All chunks may go now, but for those that were given up without being sealed.
+        let idle: Vec<u64> = idle_chunks(&files.w.kv, ChunkId(0), 1000).unwrap().iter().map(|(id, _)| id.get()).collect();
+        let dropped = files.w.system(system::Op::DropChunks(v1::DropChunks { chunks: idle.clone() })).unwrap();
+        prop_assert_eq!(dropped, system_answer::Body::Chunks(v1::ChunkList { chunks: idle }));
+        files.w.check();
+        let left = chunks(&files.w.kv, ChunkId(0), 1000).unwrap();
+        prop_assert_eq!(left.len(), unsealed_chunks(&files.w.kv).unwrap().len());
+    }
+}
+
+#[test]
+fn commits_are_refused_whole_when_a_chunk_is_fenced() {
+    let w = World::new();
+    let ino = w.file("f");
+    let (mut good, mut fenced) = (w.writer(), w.writer());
+    w.system(system::Op::FenceChunk(v1::FenceChunk { chunk: fenced.chunk.chunk })).unwrap();
+    let slices = vec![good.slice(0, 10), fenced.slice(10, 10)];
+    assert_eq!(code(w.commit(ino, slices.clone())), ErrorCode::ErrorStaleEpoch);
+    assert_eq!(w.attr(ino).unwrap().size, 0);
+    assert_eq!(chunk_state(&w.kv, ChunkId(good.chunk.chunk)).unwrap().unwrap().live, 0);
+    w.check();
+    assert_eq!(w.commit(ino, slices[..1].to_vec()).unwrap().size, 10);
+    let state = w.seal(good.chunk.chunk);
+    assert_eq!((state.committed, state.nodes.clone(), state.epoch), (10, vec![1, 3], 2));
+    assert_eq!(w.seal(good.chunk.chunk), state, "sealing again changes nothing");
+    assert_eq!(code(w.commit(ino, slices[..1].to_vec())), ErrorCode::ErrorStaleEpoch);
+    w.check();
+}
+
+#[test]
+fn commits_name_bytes_that_can_be_there_and_are_nobody_elses() {
+    let w = World::new();
+    let ino = w.file("f");
+    let mut writer = w.writer();
+    let slice = writer.slice(0, 100);
+    let with = |change: &dyn Fn(&mut v1::CommitSlice)| {
+        let mut slice = slice;
+        change(&mut slice);
+        code(w.commit(ino, vec![slice]))
+    };
+    assert_eq!(with(&|slice| slice.length = 0), ErrorCode::ErrorInvalid);
+    assert_eq!(with(&|slice| slice.record_end = 99), ErrorCode::ErrorInvalid);
+    assert_eq!(with(&|slice| slice.record_end = CHUNK + 1), ErrorCode::ErrorInvalid);
+    assert_eq!(with(&|slice| slice.chunk = 99), ErrorCode::ErrorNoChunk);
+    assert_eq!(with(&|slice| slice.epoch = 2), ErrorCode::ErrorStaleEpoch);
+    assert_eq!(with(&|slice| slice.file_offset = i64::MAX as u64 - 99), ErrorCode::ErrorFileTooBig);
+    w.commit(ino, vec![slice]).unwrap();
+    assert_eq!(with(&|slice| slice.chunk_offset = 50), ErrorCode::ErrorInvalid);
+    assert_eq!(with(&|slice| slice.length = 50), ErrorCode::ErrorInvalid);
+    let mut other = World::over(w.kv, 2_000_000);
+    other.session = other.open_session();
+    assert_eq!(code(other.commit(ino, vec![writer.slice(0, 10)])), ErrorCode::ErrorStaleEpoch);
+    assert_eq!(code(other.commit(ROOT, vec![])), ErrorCode::ErrorIsDir);
+    other.check();
+}
+
+#[test]
+fn the_time_of_a_write_is_the_clients_but_never_ahead() {
+    let w = World::new();
+    let ino = w.file("f");
+    let commit = |mtime| {
+        let op = v1::Commit { ino, mtime: Some(mtime), ..Default::default() };
+        attr_of(w.mutate(&root(), mutation::Op::Commit(op)).unwrap())
+    };
+    let past = Timestamp { seconds: 77, nanos: 5 };
+    assert_eq!(commit(past).mtime, Some(past));
+    let ahead = commit(Timestamp { seconds: i64::MAX, nanos: 0 });
+    assert_eq!(ahead.mtime, ahead.ctime);
+}
+
+#[test]
+fn sealing_is_refused_below_what_is_committed_and_idle_chunks_are_dropped() {
+    let w = World::new();
+    let ino = w.file("f");
+    let mut writer = w.writer();
+    w.commit(ino, vec![writer.slice(0, 100)]).unwrap();
+    let chunk = writer.chunk.chunk;
+    let seal = |epoch, length, nodes| {
+        w.system(system::Op::SealedChunk(v1::SealedChunk { chunk, epoch, length, nodes }))
+    };
+    assert_eq!(code(seal(1, 100, vec![1])), ErrorCode::ErrorConflict, "not fenced");
+    w.system(system::Op::FenceChunk(v1::FenceChunk { chunk })).unwrap();
+    w.system(system::Op::FenceChunk(v1::FenceChunk { chunk })).unwrap();
+    assert_eq!(code(seal(1, 100, vec![1])), ErrorCode::ErrorStaleEpoch);
+    assert_eq!(code(seal(2, 99, vec![1])), ErrorCode::ErrorConflict);
+    assert_eq!(code(seal(2, 100, vec![])), ErrorCode::ErrorInvalid);
+    assert_eq!(code(seal(2, 100, vec![1, 9])), ErrorCode::ErrorNoNodes);
+    seal(2, 100, vec![2]).unwrap();
+    assert_eq!(chunks_on(&w.kv, dfs_proto::NodeId(1), ChunkId(0), 9).unwrap(), vec![]);
+    w.system(system::Op::AddReplica(v1::AddReplica { chunk, node: 3 })).unwrap();
+    assert_eq!(chunks_on(&w.kv, dfs_proto::NodeId(3), ChunkId(0), 9).unwrap(), vec![ChunkId(chunk)]);
+    let drop = || w.system(system::Op::DropChunks(v1::DropChunks { chunks: vec![chunk] })).unwrap();
+    assert_eq!(drop(), system_answer::Body::Chunks(v1::ChunkList::default()), "it is in use");
+    w.check();
+    w.unlink(&root(), ROOT, "f", false).unwrap();
+    assert_eq!(idle_chunks(&w.kv, ChunkId(0), 9).unwrap(), vec![], "the orphan holds it");
+    w.reap_all();
+    assert_eq!(idle_chunks(&w.kv, ChunkId(0), 9).unwrap().len(), 1);
+    w.check();
+    assert_eq!(drop(), system_answer::Body::Chunks(v1::ChunkList { chunks: vec![chunk] }));
+    assert_eq!(chunk_state(&w.kv, ChunkId(chunk)).unwrap(), None);
+    w.check();
+}
+
+#[test]
+fn a_big_file_is_freed_in_steps() {
+    let w = World::new();
+    let ino = w.file("f");
+    let mut writer = w.writer();
+    let total = REAP_ROWS_MAX as u64 * 2 + 10;
+    for first in (0..total).step_by(1000) {
+        let slices = (first..total.min(first + 1000)).map(|at| writer.slice(at * 2, 1)).collect();
+        w.commit(ino, slices).unwrap();
+    }
+    w.set_xattr(&root(), ino, "user.x", b"y").unwrap();
+    w.unlink(&root(), ROOT, "f", false).unwrap();
+    let mut left: BTreeMap<usize, u64> = BTreeMap::new();
+    for step in 0.. {
+        if orphans(&w.kv, InodeNo(0), 1).unwrap().is_empty() {
+            assert_eq!(step, 3);
+            break;
+        }
+        w.system(system::Op::Reap(v1::Reap { inos: vec![ino, 999] })).unwrap();
+        w.check();
+        left.insert(step, cluster_row(&w.kv).unwrap().unwrap().live_bytes);
+    }
+    assert_eq!(left.into_values().collect::<Vec<_>>(), [total - REAP_ROWS_MAX as u64, 10, 0]);
+}
+
+#[test]
+fn a_small_file_costs_few_rows() {
+    let w = World::new();
+    let dir = w.make(&root(), ROOT, "d", Kind::Dir, 0o755).unwrap().ino;
+    let create = w.command(&root(), mutation::Op::Create(new(dir, "f", Kind::File, 0o644)));
+    let (writes, _) = apply(&w.kv, &v1::Batch { version: BATCH_VERSION, commands: vec![create] }).unwrap();
+    let rows = writes.values().filter(|value| value.is_some()).count();
+    assert_eq!(rows, 6, "inode, dentry, parent, answer, session, cluster");
+}
