@@ -1,16 +1,14 @@
-//! `dfs sync`: the kernel sends no SYNCFS to FUSE, so sync(1) does not reach dfs-mount. This asks dfs-mount itself, through
-//! an extended attribute of the mount's root that only it knows; setting it returns when everything is durable.
+//! `dfs sync`: the kernel sends no SYNCFS to FUSE, so sync(1) does not reach dfs-mount. An fsync of the mount's root does, and
+//! there it stands for everything: it returns when all that was written through the mount is durable.
 
 use super::{Context, Each};
 use crate::Result;
 use crate::error::{About, CliError};
 use serde_json::json;
-use std::ffi::{CStr, CString, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
-
-/// `mount/` answers it.
-const ATTRIBUTE: &CStr = c"user.dfs.sync";
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -37,33 +35,13 @@ pub async fn run(context: &Context, args: Args) -> Result {
     let mut done = Vec::new();
     for point in wanted {
         let path = point.clone();
-        let synced = tokio::task::spawn_blocking(move || sync(&path)).await.map_err(std::io::Error::other);
+        let synced = tokio::task::spawn_blocking(move || File::open(path)?.sync_all()).await.map_err(std::io::Error::other);
         if each.note(synced.and_then(|result| result).about(point.display()))?.is_some() {
             done.push(point.display().to_string());
         }
     }
     context.output.summary(&json!({ "synced": done }), &format!("synced {} mount(s)", done.len()))?;
     each.end()
-}
-
-/// Asks the dfs-mount that serves `path`. Anyone may, as with sync(2): whoever may not set attributes of the root reads
-/// this one, which does the same.
-fn sync(path: &Path) -> std::io::Result<()> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    // SAFETY: both strings end with a zero byte, and the value is described by its length; all outlive the call.
-    let result = unsafe { libc::setxattr(path.as_ptr(), ATTRIBUTE.as_ptr(), c"1".as_ptr().cast(), 1, 0) };
-    if result == 0 {
-        return Ok(());
-    }
-    let error = std::io::Error::last_os_error();
-    if !matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) {
-        return Err(error);
-    }
-    let mut value = [0_u8; 64];
-    // SAFETY: as above; the buffer is described by its length.
-    let length =
-        unsafe { libc::getxattr(path.as_ptr(), ATTRIBUTE.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
-    if length >= 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 /// The mount points of dfs in the text of /proc/self/mountinfo (proc(5)): field 5 and, after a lone dash, the type.
