@@ -1,0 +1,276 @@
+//! Directory handles: pages of entries, fetched as they are read.
+//!
+//! An entry's cookie is the same for every reader and stays while entries come and go, so a position is just the cookie
+//! of the last entry read: `.` has 1, `..` has 2, the master's are above.
+
+use super::Shared;
+use super::answer::Answer;
+use super::convert::{file_attr, file_type};
+use crate::inodes::Seen;
+use crate::killable::Refuse;
+use dfs_proto::v1::{Attr, Cred, DirEntry};
+use dfs_proto::{FsError, FsResult, InodeNo, limits};
+use fuser::{FileAttr, FileType, Generation, ReplyDirectory, ReplyDirectoryPlus};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::time::Duration;
+use tokio::sync::Mutex;
+
+const DOT: u64 = 1;
+const DOT_DOT: u64 = 2;
+
+/// An open directory.
+pub struct Dir {
+    ino: InodeNo,
+    /// Who opened it: reading is allowed or not as it was then, whoever reads.
+    cred: Cred,
+    page: Mutex<Page>,
+}
+
+/// A piece of the directory as the master answered it.
+#[derive(Default)]
+struct Page {
+    entries: Vec<DirEntry>,
+    /// The cookie that the first entry follows.
+    after: u64,
+    /// Nothing follows the last entry.
+    end: bool,
+    /// Where the reader is: the index of the next entry, and the cookie before it.
+    next: usize,
+    position: u64,
+    plus: bool,
+}
+
+impl Page {
+    /// Goes to what follows `cookie`; false: that is not in this page.
+    fn seek(&mut self, cookie: u64) -> bool {
+        if cookie != self.position {
+            let index = if cookie == self.after {
+                Some(0)
+            } else {
+                self.entries.iter().position(|entry| entry.cookie == cookie).map(|index| index + 1)
+            };
+            let Some(index) = index else { return false };
+            (self.next, self.position) = (index, cookie);
+        }
+        self.next < self.entries.len() || self.end
+    }
+}
+
+impl Dir {
+    pub fn new(ino: InodeNo, cred: Cred) -> Self {
+        let nowhere = Page { position: u64::MAX, after: u64::MAX, ..Page::default() };
+        Self { ino, cred, page: Mutex::new(nowhere) }
+    }
+}
+
+/// A reply that entries are added to until it is full (`add` answers true).
+pub trait Listing: Refuse {
+    const PLUS: bool;
+    fn add(&mut self, entry: &Line<'_>) -> bool;
+    fn ok(self);
+}
+
+/// One entry as it is listed.
+pub struct Line<'a> {
+    node: fuser::INodeNo,
+    cookie: u64,
+    name: &'a OsStr,
+    kind: FileType,
+    /// Attributes, generation, and how long they may be believed; in listings with attributes.
+    attr: Option<(FileAttr, u64, Duration)>,
+}
+
+impl Listing for ReplyDirectory {
+    const PLUS: bool = false;
+    fn add(&mut self, line: &Line<'_>) -> bool {
+        self.add(line.node, line.cookie, line.kind, line.name)
+    }
+    fn ok(self) {
+        self.ok();
+    }
+}
+
+impl Listing for ReplyDirectoryPlus {
+    const PLUS: bool = true;
+    fn add(&mut self, line: &Line<'_>) -> bool {
+        let Some((attr, generation, ttl)) = &line.attr else { return true };
+        self.add(line.node, line.cookie, line.name, ttl, attr, Generation(*generation))
+    }
+    fn ok(self) {
+        self.ok();
+    }
+}
+
+impl Shared {
+    /// Answers with the entries that follow `position`.
+    pub async fn list<L: Listing>(&self, dir: &Dir, position: u64, answer: &Answer<L>) {
+        let mut page = dir.page.lock().await;
+        if let Err(error) = self.turn_to::<L>(dir, &mut page, position).await {
+            return answer.fail(&error);
+        }
+        let dots = if position < DOT_DOT { self.dots(dir, position).await } else { Ok(Vec::new()) };
+        let dots = match dots {
+            Ok(dots) => dots,
+            Err(error) => return answer.fail(&error),
+        };
+        let mut told = Told::default();
+        let sent = answer.send(|mut reply| {
+            told = self.fill(&mut reply, &page, &dots);
+            reply.ok();
+        });
+        if !sent {
+            return;
+        }
+        if told.entries > 0 {
+            page.next += told.entries;
+            page.position = page.entries[page.next - 1].cookie;
+        }
+        drop(page);
+        // After the answer, unlike elsewhere: it is one for many files. Who has such a file open may see the new size
+        // some microseconds before the old pages are gone.
+        for node in told.changed {
+            self.drop_pages(node, 0, 0).await;
+        }
+    }
+
+    /// Makes `page` hold what follows `position`, with attributes for the first entry when they are wanted.
+    async fn turn_to<L: Listing>(&self, dir: &Dir, page: &mut Page, position: u64) -> FsResult<()> {
+        // The dots stand before the first entry.
+        let cookie = if position <= DOT_DOT { 0 } else { position };
+        // Rewinding shows what is there now, not what was.
+        let known = position != 0 && page.plus == L::PLUS && page.seek(cookie);
+        let first = page.entries.get(page.next);
+        let fresh =
+            !L::PLUS || first.is_none_or(|entry| self.client.cached_attr(InodeNo(entry.ino)).is_some());
+        if known && fresh {
+            return Ok(());
+        }
+        let fetched = self.client.read_dir(&dir.cred, dir.ino, cookie, limits::DIR_PAGE_MAX, L::PLUS).await?;
+        *page = Page {
+            // A page without entries that is not the end would be asked for again and again.
+            end: fetched.end || fetched.entries.is_empty(),
+            entries: fetched.entries,
+            after: cookie,
+            next: 0,
+            position: cookie,
+            plus: L::PLUS,
+        };
+        Ok(())
+    }
+
+    /// `.` and `..`, as far as they follow `position`.
+    async fn dots(&self, dir: &Dir, position: u64) -> FsResult<Vec<(u64, &'static str, Attr)>> {
+        let own = self.client.getattr(dir.ino).await?;
+        let parent = if dir.ino == self.inodes.root() || own.parent == 0 { own.ino } else { own.parent };
+        let mut dots = Vec::new();
+        if position < DOT {
+            dots.push((DOT, ".", own));
+        }
+        // The kernel takes nothing but the number of `..`.
+        dots.push((DOT_DOT, "..", Attr { ino: parent, ..own }));
+        Ok(dots)
+    }
+
+    fn fill<L: Listing>(&self, reply: &mut L, page: &Page, dots: &[(u64, &'static str, Attr)]) -> Told {
+        let mut told = Told::default();
+        for (cookie, name, attr) in dots {
+            let Ok(node) = self.inodes.node(InodeNo(attr.ino)) else { continue };
+            let Ok(shown) = file_attr(attr, node) else { continue };
+            let line = Line {
+                node,
+                cookie: *cookie,
+                name: OsStr::new(name),
+                kind: FileType::Directory,
+                // The kernel counts no lookup for these two.
+                attr: Some((shown, attr.generation, Duration::ZERO)),
+            };
+            if reply.add(&line) {
+                return told;
+            }
+        }
+        for entry in &page.entries[page.next..] {
+            let ino = InodeNo(entry.ino);
+            let attr = if L::PLUS {
+                match self.entry_attr(entry, told.entries == 0) {
+                    Some(attr) => Some(attr),
+                    // Too old to be shown: the rest of the page is fetched again with the next call.
+                    None => return told,
+                }
+            } else {
+                None
+            };
+            let added = self.line(entry, attr.as_ref()).map(|line| {
+                // Counted before the kernel can forget it.
+                if L::PLUS {
+                    self.inodes.looked_up(ino);
+                }
+                let full = reply.add(&line);
+                if full && L::PLUS {
+                    self.inodes.forget(ino, 1);
+                }
+                full
+            });
+            match added {
+                Ok(false) => {}
+                Ok(true) => return told,
+                Err(error) => tracing::warn!(%ino, %error, "a directory entry was left out"),
+            }
+            if let Some((attr, _)) = attr
+                && self.inodes.shown(&attr) == Seen::Foreign
+                && let Ok(node) = self.inodes.node(ino)
+            {
+                told.changed.push(node);
+            }
+            told.entries += 1;
+        }
+        told
+    }
+
+    fn line<'a>(&self, entry: &'a DirEntry, attr: Option<&(Attr, Duration)>) -> Result<Line<'a>, FsError> {
+        let node = self.inodes.node(InodeNo(entry.ino))?;
+        let attr = match attr {
+            Some((attr, ttl)) => Some((file_attr(attr, node)?, attr.generation, *ttl)),
+            None => None,
+        };
+        let name = OsStr::from_bytes(&entry.name);
+        Ok(Line { node, cookie: entry.cookie, name, kind: file_type(entry.kind)?, attr })
+    }
+
+    /// The attributes to list an entry with. Those of the page may be older than this client's own last change, which
+    /// the kernel would then forget; so only what the client still believes is shown, or, for the first entry of an
+    /// answer, what the page was just fetched with.
+    fn entry_attr(&self, entry: &DirEntry, first: bool) -> Option<(Attr, Duration)> {
+        self.client
+            .cached_attr(InodeNo(entry.ino))
+            .or_else(|| entry.attr.filter(|_| first).map(|attr| (attr, Duration::ZERO)))
+    }
+}
+
+/// What an answer told.
+#[derive(Default)]
+struct Told {
+    /// How many entries of the page.
+    entries: usize,
+    /// Files that somebody else changed.
+    changed: Vec<fuser::INodeNo>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_left_when_the_position_is_elsewhere_or_behind_it() {
+        let entry = |cookie| DirEntry { cookie, ..DirEntry::default() };
+        let mut page =
+            Page { entries: vec![entry(10), entry(20), entry(30)], after: 5, position: 5, ..Page::default() };
+        assert!(page.seek(5) && page.next == 0);
+        assert!(page.seek(20) && page.next == 2 && page.position == 20);
+        assert!(page.seek(20) && page.next == 2);
+        assert!(!page.seek(30), "what follows is in the next page");
+        assert!(!page.seek(15), "no such entry here");
+        page.end = true;
+        assert!(page.seek(30) && page.next == 3);
+    }
+}

@@ -1,0 +1,287 @@
+//! Open files: open, create, read, write, flush, release, and what else takes a handle.
+
+use super::Shared;
+use super::answer::{Answer, Caller, bad_handle};
+use super::convert::open_flags;
+use crate::inodes::Seen;
+use crate::killable::{Patience, Refuse};
+use bytes::Bytes;
+use dfs_client::{OpenFile, SeekKind};
+use dfs_proto::v1::{self, Attr, ErrorCode};
+use dfs_proto::{FsError, FsResult, InodeNo};
+use fuser::{
+    Errno, FileHandle, FopenFlags, Generation, ReplyCreate, ReplyEmpty, ReplyLseek, ReplyOpen, ReplyWrite,
+    Request, WriteFlags,
+};
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+/// The most one copy_file_range answers for; the kernel takes 32 bits and asks again for the rest.
+const COPY_MAX: u64 = 1 << 31;
+
+/// An open file.
+pub struct File {
+    pub open: Arc<OpenFile>,
+    /// Opened with O_APPEND: what programs write goes to the end of the file as it is then.
+    append: bool,
+}
+
+/// What a program wrote, and where the kernel thinks that it goes.
+#[derive(Clone, Copy)]
+pub struct WriteTo {
+    pub handle: FileHandle,
+    pub offset: u64,
+    pub write_flags: WriteFlags,
+    pub open_flags: i32,
+}
+
+impl Shared {
+    /// The open file behind a handle.
+    pub fn file(&self, handle: FileHandle) -> FsResult<Arc<File>> {
+        self.files.get(handle).ok_or_else(bad_handle)
+    }
+
+    pub async fn open(&self, caller: Caller, ino: InodeNo, flags: i32, answer: Answer<ReplyOpen>) {
+        match self.client.open(&caller.cred(), ino, open_flags(flags)).await {
+            Ok(open) => {
+                let (handle, how) = self.opened(open, flags);
+                if !answer.send(|reply| reply.opened(handle, how)) {
+                    self.give_back(handle).await;
+                }
+            }
+            Err(error) => answer.fail(&error),
+        }
+    }
+
+    pub async fn create(&self, caller: Caller, what: v1::Create, flags: i32, answer: Answer<ReplyCreate>) {
+        let (made, open) = match self.client.create_open(&caller.cred(), what, open_flags(flags)).await {
+            Ok(made) => made,
+            Err(error) => return answer.fail(&error),
+        };
+        let (handle, how) = self.opened(open, flags);
+        match self.shown(&made.attr, self.inodes.shown(&made.attr)).await {
+            Ok(shown) => {
+                let ino = InodeNo(made.attr.ino);
+                self.inodes.looked_up(ino);
+                let ttl = self.ttl(ino);
+                let generation = Generation(made.attr.generation);
+                if !answer.send(|reply| reply.created(&ttl, &shown, generation, handle, how)) {
+                    self.inodes.forget(ino, 1);
+                    self.give_back(handle).await;
+                }
+            }
+            Err(error) => {
+                answer.fail(&error);
+                self.give_back(handle).await;
+            }
+        }
+    }
+
+    fn opened(&self, open: Arc<OpenFile>, flags: i32) -> (FileHandle, FopenFlags) {
+        let append = flags & libc::O_APPEND != 0;
+        let keep = self.client.cached_attr(open.ino).is_some_and(|(attr, _)| self.inodes.opened(&attr));
+        let how = match (append, keep) {
+            // The kernel's idea of the end is not asked for: every write comes here, and lands where the end is.
+            (true, _) => FopenFlags::FOPEN_DIRECT_IO,
+            (false, true) => FopenFlags::FOPEN_KEEP_CACHE,
+            (false, false) => FopenFlags::empty(),
+        };
+        (self.files.insert(File { open, append }), how)
+    }
+
+    /// Closes a file that nobody will use: its open was answered EINTR.
+    async fn give_back(&self, handle: FileHandle) {
+        let Some(file) = self.files.remove(handle) else { return };
+        if let Err(error) = self.client.release(Arc::clone(&file.open)).await {
+            tracing::warn!(ino = %file.open.ino, %error, "a file could not be closed");
+        }
+    }
+
+    /// Writes: into the buffer at once when there is room, else on the runtime.
+    pub fn write(self: &Arc<Self>, request: &Request, to: WriteTo, data: &[u8], reply: ReplyWrite) {
+        let Ok(file) = self.file(to.handle) else {
+            return reply.refuse(Errno::EBADF);
+        };
+        // Shared pages are written back through any handle, at their own place.
+        let write_back = to.write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        let append = file.append && to.open_flags & libc::O_APPEND != 0 && !write_back;
+        let written = u32::try_from(data.len()).expect("a write is below 16 MiB");
+        self.inodes.wrote(file.open.ino);
+        if !append {
+            let _runtime = self.runtime.enter();
+            let now = AssertUnwindSafe(|| self.client.try_write(&file.open, to.offset, data));
+            match std::panic::catch_unwind(now) {
+                Ok(Some(Ok(()))) => return reply.written(written),
+                Ok(Some(Err(error))) => {
+                    return self.serve(request, reply, Patience::Endless, |_, answer| async move {
+                        answer.fail(&error);
+                    });
+                }
+                Ok(None) => {}
+                // The panic hook has logged it; the reply, dropped, is EIO.
+                Err(_) => return,
+            }
+        }
+        let patience = if write_back { Patience::Endless } else { Patience::Killed };
+        let data = Bytes::copy_from_slice(data);
+        self.serve(request, reply, patience, move |fs, answer| async move {
+            let done = if append {
+                fs.append(&file, to.offset, &data).await
+            } else {
+                fs.client.write(&file.open, to.offset, &data).await
+            };
+            match done {
+                Ok(()) => {
+                    answer.send(|reply| reply.written(written));
+                }
+                Err(error) => answer.fail(&error),
+            }
+        });
+    }
+
+    /// Appends. The kernel has dropped its pages where it thought that the bytes go; when the file had grown elsewhere
+    /// they went further on, and pages there would hide them.
+    async fn append(self: &Arc<Self>, file: &File, expected: u64, data: &[u8]) -> FsResult<()> {
+        let offset = self.client.append(&file.open, data).await?;
+        if offset != expected {
+            let node = self.inodes.node(file.open.ino)?;
+            let (fs, length) = (Arc::clone(self), data.len());
+            tokio::spawn(async move {
+                // The page in front, too: its rest beyond the old end of the file was zeroes.
+                let from = i64::try_from(offset.min(expected)).unwrap_or(0);
+                let to = offset.max(expected).saturating_add(length as u64);
+                let length = i64::try_from(to).unwrap_or(i64::MAX).saturating_sub(from);
+                fs.drop_pages(node, from, length).await;
+            });
+        }
+        Ok(())
+    }
+
+    /// What close(2) waits for: locks of the closing process are given up, what it wrote is durable.
+    pub async fn flush(&self, handle: FileHandle, owner: u64, answer: Answer<ReplyEmpty>) {
+        let Ok(file) = self.file(handle) else {
+            return answer.refuse(Errno::EBADF);
+        };
+        let ino = file.open.ino;
+        let unlocked = self.client.release_locks(ino, owner).await;
+        let flushed = if file.open.flags.write {
+            self.settle(ino, self.client.flush(&file.open).await)
+        } else {
+            Ok(())
+        };
+        answer.empty(flushed.and(unlocked));
+    }
+
+    pub async fn fsync(&self, ino: InodeNo, answer: Answer<ReplyEmpty>) {
+        let synced = self.client.fsync(ino).await;
+        answer.empty(self.settle(ino, synced));
+    }
+
+    /// Notes that what was written to an inode is committed, if it is.
+    fn settle(&self, ino: InodeNo, flushed: FsResult<()>) -> FsResult<()> {
+        let attr = self.client.cached_attr(ino).filter(|_| flushed.is_ok()).map(|(attr, _)| attr);
+        self.inodes.flushed(ino, attr.as_ref());
+        flushed
+    }
+
+    pub async fn release(&self, handle: FileHandle, flock: Option<u64>, answer: Answer<ReplyEmpty>) {
+        let Some(file) = self.files.remove(handle) else {
+            return answer.refuse(Errno::EBADF);
+        };
+        let unlocked = match flock {
+            Some(owner) => self.client.release_locks(file.open.ino, owner).await,
+            None => Ok(()),
+        };
+        let released = self.client.release(Arc::clone(&file.open)).await;
+        answer.empty(released.and(unlocked));
+    }
+
+    pub async fn setattr(&self, caller: Caller, change: v1::SetAttr) -> FsResult<(Attr, Seen)> {
+        let attr = self.client.setattr(&caller.cred(), change).await?;
+        let seen = self.inodes.changed(&attr);
+        Ok((attr, seen))
+    }
+
+    pub async fn fallocate(
+        &self,
+        caller: Caller,
+        handle: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+    ) -> FsResult<()> {
+        let file = self.file(handle)?;
+        let known = libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE;
+        let has = |flag: i32| mode & flag != 0;
+        let (punch, zero) = (has(libc::FALLOC_FL_PUNCH_HOLE), has(libc::FALLOC_FL_ZERO_RANGE));
+        if mode & !known != 0 || (punch && (zero || !has(libc::FALLOC_FL_KEEP_SIZE))) {
+            return Err(FsError::new(ErrorCode::ErrorNotSupported, format!("fallocate mode {mode:#x}")));
+        }
+        let keep = has(libc::FALLOC_FL_KEEP_SIZE);
+        self.client.fallocate(&caller.cred(), &file.open, offset, length, keep, punch, zero).await?;
+        self.changed_by_handle(&file).await;
+        Ok(())
+    }
+
+    pub async fn lseek(&self, handle: FileHandle, offset: i64, whence: i32, answer: Answer<ReplyLseek>) {
+        let found = async {
+            let kind = match whence {
+                libc::SEEK_DATA => SeekKind::Data,
+                libc::SEEK_HOLE => SeekKind::Hole,
+                _ => return Err(ErrorCode::ErrorInvalid.into()),
+            };
+            let from = u64::try_from(offset).map_err(|_| FsError::from(ErrorCode::ErrorNoDeviceAddress))?;
+            let file = self.file(handle)?;
+            let found = self.client.seek(&file.open, from, kind).await?;
+            // Seeking flushes what was written before.
+            self.settle(file.open.ino, Ok(()))?;
+            i64::try_from(found).map_err(|_| ErrorCode::ErrorOverflow.into())
+        };
+        match found.await {
+            Ok(found) => {
+                answer.send(|reply| reply.offset(found));
+            }
+            Err(error) => answer.fail(&error),
+        }
+    }
+
+    pub async fn copy_file_range(
+        &self,
+        caller: Caller,
+        from: (FileHandle, u64),
+        to: (FileHandle, u64),
+        length: u64,
+        answer: Answer<ReplyWrite>,
+    ) {
+        let copied = async {
+            let (source, target) = (self.file(from.0)?, self.file(to.0)?);
+            let length = length.min(COPY_MAX);
+            let copied = self
+                .client
+                .copy_range(&caller.cred(), &source.open, from.1, &target.open, to.1, length)
+                .await?;
+            self.changed_by_handle(&target).await;
+            Ok(u32::try_from(copied).expect("not more than was asked for"))
+        };
+        match copied.await {
+            Ok(copied) => {
+                answer.send(|reply| reply.written(copied));
+            }
+            Err(error) => answer.fail(&error),
+        }
+    }
+
+    /// A file was changed by one operation whose answer the client keeps. What was written before was flushed first.
+    async fn changed_by_handle(&self, file: &File) {
+        let ino = file.open.ino;
+        let Some((attr, _)) = self.client.cached_attr(ino) else {
+            return self.inodes.flushed(ino, None);
+        };
+        self.inodes.flushed(ino, Some(&attr));
+        if self.inodes.changed(&attr) == Seen::Foreign
+            && let Ok(node) = self.inodes.node(ino)
+        {
+            self.drop_pages(node, 0, 0).await;
+        }
+    }
+}
