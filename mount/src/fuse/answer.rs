@@ -1,8 +1,8 @@
 //! Carries a request through: at once on the thread that read it when the caches can answer, else on the runtime; and
 //! the answer exactly once, whoever gives it.
 
-use super::Shared;
 use super::convert::file_attr;
+use super::state::Shared;
 use crate::errno::{errno, is_fault};
 use crate::inodes::Seen;
 use crate::killable::{Interrupt, Patience, Refuse, Slot};
@@ -46,6 +46,16 @@ impl<R: Refuse> Answer<R> {
         self.0.take().map(with).is_some()
     }
 
+    /// Answers with a result, `with` says how when it is a good one.
+    pub fn give<T>(&self, result: FsResult<T>, with: impl FnOnce(R, T)) {
+        match result {
+            Ok(value) => {
+                self.send(|reply| with(reply, value));
+            }
+            Err(error) => self.fail(&error),
+        }
+    }
+
     pub fn fail(&self, error: &FsError) {
         if is_fault(error.code) {
             tracing::warn!(%error, "a request failed");
@@ -65,12 +75,7 @@ impl<R: Refuse> Answer<R> {
 
 impl Answer<ReplyEmpty> {
     pub fn empty(&self, result: FsResult<()>) {
-        match result {
-            Ok(()) => {
-                self.send(ReplyEmpty::ok);
-            }
-            Err(error) => self.fail(&error),
-        }
+        self.give(result, |reply, ()| reply.ok());
     }
 }
 

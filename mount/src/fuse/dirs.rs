@@ -3,9 +3,9 @@
 //! An entry's cookie is the same for every reader and stays while entries come and go, so a position is just the cookie
 //! of the last entry read: `.` has 1, `..` has 2, the master's are above.
 
-use super::Shared;
 use super::answer::Answer;
 use super::convert::{file_attr, file_type};
+use super::state::Shared;
 use crate::inodes::Seen;
 use crate::killable::Refuse;
 use dfs_proto::v1::{Attr, Cred, DirEntry};

@@ -1,8 +1,8 @@
 //! Open files: open, create, read, write, flush, release, and what else takes a handle.
 
-use super::Shared;
 use super::answer::{Answer, Caller, bad_handle};
 use super::convert::open_flags;
+use super::state::Shared;
 use crate::inodes::Seen;
 use crate::killable::{Patience, Refuse};
 use bytes::Bytes;
@@ -130,12 +130,7 @@ impl Shared {
             } else {
                 fs.client.write(&file.open, to.offset, &data).await
             };
-            match done {
-                Ok(()) => {
-                    answer.send(|reply| reply.written(written));
-                }
-                Err(error) => answer.fail(&error),
-            }
+            answer.give(done, |reply, ()| reply.written(written));
         });
     }
 
@@ -237,12 +232,7 @@ impl Shared {
             self.settle(file.open.ino, Ok(()))?;
             i64::try_from(found).map_err(|_| ErrorCode::ErrorOverflow.into())
         };
-        match found.await {
-            Ok(found) => {
-                answer.send(|reply| reply.offset(found));
-            }
-            Err(error) => answer.fail(&error),
-        }
+        answer.give(found.await, ReplyLseek::offset);
     }
 
     pub async fn copy_file_range(
@@ -263,12 +253,7 @@ impl Shared {
             self.changed_by_handle(&target).await;
             Ok(u32::try_from(copied).expect("not more than was asked for"))
         };
-        match copied.await {
-            Ok(copied) => {
-                answer.send(|reply| reply.written(copied));
-            }
-            Err(error) => answer.fail(&error),
-        }
+        answer.give(copied.await, ReplyWrite::written);
     }
 
     /// A file was changed by one operation whose answer the client keeps. What was written before was flushed first.

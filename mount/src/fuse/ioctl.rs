@@ -1,7 +1,7 @@
 //! The few ioctls that make sense here: chattr's flags, and who serves a mount.
 
-use super::Shared;
 use super::answer::{Answer, Caller};
+use super::state::Shared;
 use dfs_proto::v1::{self, ErrorCode};
 use dfs_proto::{FsError, FsResult, InodeNo};
 use fuser::{Errno, ReplyIoctl};

@@ -1,8 +1,8 @@
 //! Advisory locks. The FUSE library does not say whether a lock is flock's or fcntl's, so both share one space, as on NFS.
 
-use super::Shared;
 use super::answer::Answer;
 use super::convert::{kernel_lock_end, lock_number};
+use super::state::Shared;
 use dfs_proto::InodeNo;
 use dfs_proto::v1::{self, ErrorCode, lock};
 use fuser::{ReplyEmpty, ReplyLock};

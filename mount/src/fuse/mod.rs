@@ -8,146 +8,32 @@ mod files;
 mod handles;
 mod ioctl;
 mod locks;
+mod state;
 
 pub use ioctl::SERVER_PID;
+pub use state::Dfs;
 
-use crate::inodes::Inodes;
-use crate::killable::{Patience, Registry};
+use crate::killable::Patience;
 use answer::Caller;
-use convert::{kind_of_mode, lock_end, lock_type, time_change};
-use dfs_client::Client;
+use convert::{kind_of_mode, time_change};
+use dfs_proto::limits;
 use dfs_proto::v1::{self, ErrorCode, Kind};
-use dfs_proto::{FsResult, InodeNo, limits};
 use dirs::Dir;
-use files::{File, WriteTo};
+use files::WriteTo;
 use fuser::{
-    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, InitFlags,
-    IoctlFlags, KernelConfig, LockOwner, Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, IoctlFlags,
+    KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use handles::Handles;
+use state::{TTL, ask_kernel};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
-use tokio::runtime::Handle;
 
-/// The longest write and read of one request, in bytes.
-const REQUEST_MAX: u32 = 1 << 20;
-/// How many readahead and write-back requests may be under way; beyond three quarters the kernel holds back.
-const BACKGROUND_MAX: u16 = 128;
 /// The block of statfs(2), in bytes.
 const STATFS_BLOCK: u32 = 4096;
-
-/// What is asked of the kernel, each as far as it offers it. Never: WRITEBACK_CACHE (the kernel would trust its own
-/// sizes), SETXATTR_EXT (the FUSE library panics), OVER_IO_URING.
-const WANTED: [InitFlags; 15] = [
-    InitFlags::FUSE_ASYNC_READ,
-    InitFlags::FUSE_POSIX_LOCKS,
-    InitFlags::FUSE_FLOCK_LOCKS,
-    InitFlags::FUSE_ATOMIC_O_TRUNC,
-    InitFlags::FUSE_EXPORT_SUPPORT,
-    InitFlags::FUSE_BIG_WRITES,
-    InitFlags::FUSE_DONT_MASK,
-    InitFlags::FUSE_DO_READDIRPLUS,
-    InitFlags::FUSE_READDIRPLUS_AUTO,
-    InitFlags::FUSE_PARALLEL_DIROPS,
-    InitFlags::FUSE_POSIX_ACL,
-    InitFlags::FUSE_MAX_PAGES,
-    InitFlags::FUSE_EXPLICIT_INVAL_DATA,
-    InitFlags::FUSE_HANDLE_KILLPRIV_V2,
-    InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
-];
-
-/// What every request may need.
-pub struct Shared {
-    client: Client,
-    inodes: Inodes,
-    files: Handles<File>,
-    dirs: Handles<Dir>,
-    registry: Arc<Registry>,
-    runtime: Handle,
-    /// Set once the mount is there.
-    kernel: OnceLock<Notifier>,
-}
-
-/// The file system as the FUSE library sees it.
-pub struct Dfs(Arc<Shared>);
-
-impl Dfs {
-    /// Serves `client`'s files with `root` as the root.
-    #[must_use]
-    pub fn new(client: Client, root: InodeNo, registry: Arc<Registry>, runtime: Handle) -> Self {
-        Self(Arc::new(Shared {
-            client,
-            inodes: Inodes::new(root),
-            files: Handles::default(),
-            dirs: Handles::default(),
-            registry,
-            runtime,
-            kernel: OnceLock::new(),
-        }))
-    }
-
-    /// What to tell of the kernel once it is there.
-    #[must_use]
-    pub fn shared(&self) -> Arc<Shared> {
-        Arc::clone(&self.0)
-    }
-
-    fn inode(&self, node: fuser::INodeNo) -> InodeNo {
-        self.0.inodes.inode(node)
-    }
-
-    /// An operation on behalf of somebody that answers with nothing.
-    fn change<W: Future<Output = FsResult<()>> + Send>(
-        &self,
-        request: &Request,
-        reply: ReplyEmpty,
-        change: impl FnOnce(Arc<Shared>, Caller) -> W + Send + 'static,
-    ) {
-        let caller = Caller::of(request);
-        self.0.serve(request, reply, Patience::Killed, move |fs, answer| async move {
-            answer.empty(change(fs, caller).await);
-        });
-    }
-
-    /// Makes an inode that is not opened.
-    fn make(&self, request: &Request, what: FsResult<v1::Create>, reply: ReplyEntry) {
-        let caller = Caller::of(request);
-        self.0.serve(request, reply, Patience::Killed, move |fs, answer| async move {
-            let made = match what {
-                Ok(what) => fs.client.create(&caller.cred(), what).await.map(|made| made.attr),
-                Err(error) => Err(error),
-            };
-            answer.entry(&fs, made, TTL).await;
-        });
-    }
-
-    fn lock(&self, owner: LockOwner, range: (u64, u64), typ: i32, pid: u32) -> Option<v1::Lock> {
-        Some(v1::Lock {
-            owner: owner.0,
-            start: range.0,
-            end: lock_end(range.1),
-            r#type: lock_type(typ)?.into(),
-            pid,
-            ..v1::Lock::default()
-        })
-    }
-}
-
-impl Shared {
-    /// Takes the means to tell the kernel something.
-    pub fn mounted(&self, kernel: Notifier) {
-        // A second time cannot be: one mount a process.
-        let _ = self.kernel.set(kernel);
-    }
-}
-
-/// How long the kernel may believe an answer that is new.
-const TTL: Duration = Duration::from_millis(limits::ATTR_TTL_MS);
 
 fn name(name: &OsStr) -> bytes::Bytes {
     bytes::Bytes::copy_from_slice(name.as_bytes())
@@ -155,20 +41,7 @@ fn name(name: &OsStr) -> bytes::Bytes {
 
 impl Filesystem for Dfs {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        for flag in WANTED {
-            if config.add_capabilities(flag).is_err() {
-                tracing::info!(?flag, "this kernel does not offer it");
-            }
-        }
-        // Each answers an error with the nearest value that will do, and that is taken.
-        if let Err(most) = config.set_max_write(REQUEST_MAX) {
-            let _ = config.set_max_write(most);
-        }
-        if let Err(most) = config.set_max_readahead(REQUEST_MAX) {
-            let _ = config.set_max_readahead(most);
-        }
-        let _ = config.set_max_background(BACKGROUND_MAX);
-        let _ = config.set_congestion_threshold(BACKGROUND_MAX / 4 * 3);
+        ask_kernel(config);
         Ok(())
     }
 
@@ -268,12 +141,7 @@ impl Filesystem for Dfs {
     fn readlink(&self, request: &Request, node: fuser::INodeNo, reply: ReplyData) {
         let ino = self.inode(node);
         self.0.serve(request, reply, Patience::Killed, move |fs, answer| async move {
-            match fs.client.readlink(ino).await {
-                Ok(target) => {
-                    answer.send(|reply| reply.data(&target));
-                }
-                Err(error) => answer.fail(&error),
-            }
+            answer.give(fs.client.readlink(ino).await, |reply, target| reply.data(&target));
         });
     }
 
@@ -444,12 +312,8 @@ impl Filesystem for Dfs {
             return reply.error(Errno::EBADF);
         };
         self.0.serve(request, reply, Patience::Killed, move |fs, answer| async move {
-            match fs.client.read(&file.open, offset, size as usize).await {
-                Ok(bytes) => {
-                    answer.send(|reply| reply.data(&bytes));
-                }
-                Err(error) => answer.fail(&error),
-            }
+            let read = fs.client.read(&file.open, offset, size as usize).await;
+            answer.give(read, |reply, bytes| reply.data(&bytes));
         });
     }
 
@@ -580,20 +444,15 @@ impl Filesystem for Dfs {
 
     fn statfs(&self, request: &Request, _node: fuser::INodeNo, reply: ReplyStatfs) {
         self.0.serve(request, reply, Patience::Killed, |fs, answer| async move {
-            match fs.client.statfs().await {
-                Ok(stats) => {
-                    let blocks = |bytes: u64| bytes / u64::from(STATFS_BLOCK);
-                    let free = blocks(stats.free_bytes);
-                    let total = blocks(stats.total_bytes).max(1);
-                    // Inodes are not preallocated: as many are free as there is space for.
-                    let files = stats.files.saturating_add(free);
-                    let name_max = u32::try_from(limits::NAME_MAX).expect("255");
-                    answer.send(|reply| {
-                        reply.statfs(total, free, free, files, free, STATFS_BLOCK, name_max, STATFS_BLOCK);
-                    });
-                }
-                Err(error) => answer.fail(&error),
-            }
+            answer.give(fs.client.statfs().await, |reply, stats| {
+                let blocks = |bytes: u64| bytes / u64::from(STATFS_BLOCK);
+                let free = blocks(stats.free_bytes);
+                let total = blocks(stats.total_bytes).max(1);
+                // Inodes are not preallocated: as many are free as there is space for.
+                let files = stats.files.saturating_add(free);
+                let name_max = u32::try_from(limits::NAME_MAX).expect("255");
+                reply.statfs(total, free, free, files, free, STATFS_BLOCK, name_max, STATFS_BLOCK);
+            });
         });
     }
 
