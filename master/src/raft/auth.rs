@@ -62,13 +62,23 @@ impl Auth {
             )));
         }
         if cluster != self.cluster {
-            return Err(Status::permission_denied(format!("cluster {cluster}, this is cluster {}", self.cluster)));
+            return Err(Status::permission_denied(format!(
+                "cluster {cluster}, this is cluster {}",
+                self.cluster
+            )));
         }
         Ok(())
     }
 
     /// A part of a snapshot's bytes; `head` is the sealed first message in the first part, empty in the others.
-    pub fn seal_part(&self, call: u64, offset: u64, data: Bytes, head: Bytes, last: bool) -> v1::SnapshotPart {
+    pub fn seal_part(
+        &self,
+        call: u64,
+        offset: u64,
+        data: Bytes,
+        head: Bytes,
+        last: bool,
+    ) -> v1::SnapshotPart {
         let proof = self.key.mac(PART, &part_bytes(call, offset, &data, last)).to_vec().into();
         let (version, cluster_id) = (PROTOCOL_VERSION, self.cluster.clone());
         v1::SnapshotPart { version, cluster_id, meta: head, data, last, proof }

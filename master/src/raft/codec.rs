@@ -317,9 +317,7 @@ pub fn entry(log_id: LogId, kind: u32, data: Bytes) -> io::Result<Entry> {
     let payload = match kind {
         BLANK => EntryPayload::Blank,
         BATCH => EntryPayload::Normal(Payload(data)),
-        MEMBERSHIP => {
-            EntryPayload::Membership(membership(&MembershipRow::decode(data).map_err(invalid)?))
-        }
+        MEMBERSHIP => EntryPayload::Membership(membership(&MembershipRow::decode(data).map_err(invalid)?)),
         other => return Err(invalid(format!("a log entry of the unknown kind {other}"))),
     };
     Ok(Entry { log_id, payload })
@@ -349,11 +347,16 @@ pub(crate) mod tests {
     }
 
     fn any_membership() -> impl Strategy<Value = Membership> {
-        prop::collection::vec(prop::collection::btree_map(0_u64..9, "[a-z]{0,9}", 1..5), 1..3).prop_map(|configs| {
-            let nodes: BTreeMap<u64, BasicNode> =
-                configs.iter().flatten().map(|(id, address)| (*id, BasicNode::new(address))).collect();
-            Membership::new(configs.iter().map(|config| config.keys().copied().collect()).collect(), nodes)
-        })
+        prop::collection::vec(prop::collection::btree_map(0_u64..9, "[a-z]{0,9}", 1..5), 1..3).prop_map(
+            |configs| {
+                let nodes: BTreeMap<u64, BasicNode> =
+                    configs.iter().flatten().map(|(id, address)| (*id, BasicNode::new(address))).collect();
+                Membership::new(
+                    configs.iter().map(|config| config.keys().copied().collect()).collect(),
+                    nodes,
+                )
+            },
+        )
     }
 
     pub fn any_entry() -> impl Strategy<Value = Entry> {

@@ -16,7 +16,11 @@ pub type Reader = oneshot::Sender<Result<(), NotLeader>>;
 
 /// Answers readers until there can be none any more. Those who come during a round wait for the next: a round counts only
 /// for reads that were there when it began.
-pub async fn run(raft: Raft, mut leadership: watch::Receiver<Leadership>, mut readers: mpsc::Receiver<Reader>) {
+pub async fn run(
+    raft: Raft,
+    mut leadership: watch::Receiver<Leadership>,
+    mut readers: mpsc::Receiver<Reader>,
+) {
     let mut waiting = Vec::new();
     while readers.recv_many(&mut waiting, READERS_MAX).await > 0 {
         let result = confirm(&raft, &mut leadership).await;

@@ -213,14 +213,23 @@ impl DiskLog {
             fs::File::open(file)?.sync_data()?;
         }
         fs::File::open(dir)?.sync_all()?;
-        let mut config = raft_log::Config::new(dir.to_str().ok_or_else(|| invalid("a path that is not UTF-8"))?);
+        let mut config =
+            raft_log::Config::new(dir.to_str().ok_or_else(|| invalid("a path that is not UTF-8"))?);
         config.log_cache_capacity = Some(CACHE_BYTES);
         config.wal.read_buffer_size = Some(1 << 20);
         config.wal.chunk_max_size = Some(FILE_BYTES);
         // Batches are made before the log sees them; waiting for more here would only add to every fsync.
         config.wal.flush_batch_wait = Some(std::time::Duration::ZERO);
         let log = RaftLog::open(Arc::new(config)).map_err(|error| {
-            io::Error::new(error.kind(), format!("the Raft log in {} cannot be opened: {error}", dir.display()))
+            // The cause in full: what raft-log was doing, and where.
+            io::Error::new(
+                error.kind(),
+                format!(
+                    "the Raft log in {} is damaged or cannot be read ({error}): restore the directory, or remove it and \
+                     let this master rejoin the others",
+                    dir.display()
+                ),
+            )
         })?;
         Ok(Self { log: Arc::new(Mutex::new(Some(log))) })
     }

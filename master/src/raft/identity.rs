@@ -24,7 +24,8 @@ const ROLE: &str = "master";
 /// # Errors
 /// `Usage` when it belongs to somebody else, `Failed` when another process uses it or it cannot be worked with.
 pub fn claim(dir: &Path, cluster: &str, node: u64) -> Result<fs::File, StartError> {
-    let failed = |what: &str, error: io::Error| StartError::Failed(format!("{what} {}: {error}", dir.display()));
+    let failed =
+        |what: &str, error: io::Error| StartError::Failed(format!("{what} {}: {error}", dir.display()));
     fs::create_dir_all(dir).map_err(|error| failed("cannot make the data directory", error))?;
     let lock = fs::OpenOptions::new().create(true).append(true).open(dir.join("LOCK"));
     let lock = lock.map_err(|error| failed("cannot write to the data directory", error))?;
@@ -40,13 +41,16 @@ pub fn claim(dir: &Path, cluster: &str, node: u64) -> Result<fs::File, StartErro
         Ok(text) => check(&text, cluster, node)
             .map_err(|reason| StartError::Usage(format!("data directory {}: {reason}", dir.display())))?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            if let Some(name) = foreign(dir).map_err(|error| failed("cannot read the data directory", error))? {
+            if let Some(name) =
+                foreign(dir).map_err(|error| failed("cannot read the data directory", error))?
+            {
                 return Err(StartError::Usage(format!(
                     "data directory {}: it has no IDENTITY but holds {name}: refusing to use it",
                     dir.display()
                 )));
             }
-            let identity = Identity { format: FORMAT, cluster: cluster.to_owned(), node, role: ROLE.to_owned() };
+            let identity =
+                Identity { format: FORMAT, cluster: cluster.to_owned(), node, role: ROLE.to_owned() };
             let text = toml::to_string(&identity).map_err(|error| StartError::Failed(error.to_string()))?;
             replace_file(&path, text.as_bytes())
                 .map_err(|error| failed("cannot write IDENTITY into the data directory", error))?;
@@ -57,8 +61,8 @@ pub fn claim(dir: &Path, cluster: &str, node: u64) -> Result<fs::File, StartErro
 }
 
 fn check(text: &str, cluster: &str, node: u64) -> Result<(), String> {
-    let found: Identity =
-        toml::from_str(text).map_err(|error| format!("its IDENTITY is damaged: {}", error.message().replace('\n', " ")))?;
+    let found: Identity = toml::from_str(text)
+        .map_err(|error| format!("its IDENTITY is damaged: {}", error.message().replace('\n', " ")))?;
     if found.format != FORMAT {
         Err(format!("it has format {}, this program knows {FORMAT}", found.format))
     } else if found.cluster != cluster {

@@ -8,7 +8,9 @@ use dfs_env::rpc::{self, Tuning};
 use dfs_proto::limits;
 use dfs_proto::v1;
 use dfs_proto::v1::raft_client::RaftClient;
-use openraft::error::{Fatal, NetworkError, RPCError, RaftError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::error::{
+    Fatal, NetworkError, RPCError, RaftError, ReplicationClosed, StreamingError, Unreachable,
+};
 use openraft::network::{Backoff, RPCOption, RaftNetwork, RaftNetworkFactory};
 use openraft::raft::{
     AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse,
@@ -123,7 +125,11 @@ impl Peer {
         let mut client = RaftClient::new(channel);
         let call = env.random();
         let meta = AppliedRow::of_snapshot(&snapshot.meta, &auth.cluster);
-        let head = auth.seal(self.id, call, Body::Snapshot(SnapshotRow { vote: Some((&vote).into()), meta: Some(meta) }));
+        let head = auth.seal(
+            self.id,
+            call,
+            Body::Snapshot(SnapshotRow { vote: Some((&vote).into()), meta: Some(meta) }),
+        );
         let (sender, receiver) = mpsc::channel(2);
         let feed = async {
             let (mut head, mut at) = (bytes::Bytes::from(head.encode_to_vec()), 0);
@@ -136,7 +142,9 @@ impl Peer {
                     Ok(Ok(())) => {}
                     // The follower has ended the transfer: its answer says why.
                     Ok(Err(_)) => return Ok(()),
-                    Err(_) => return Err(io::Error::new(io::ErrorKind::TimedOut, "no progress with the snapshot")),
+                    Err(_) => {
+                        return Err(io::Error::new(io::ErrorKind::TimedOut, "no progress with the snapshot"));
+                    }
                 }
                 if last {
                     drop(sender);
@@ -149,7 +157,9 @@ impl Peer {
             match timeout(INSTALL_TIME, client.snapshot(ReceiverStream::new(receiver))).await {
                 Ok(Ok(answer)) => reply_body(auth.open(answer.into_inner()).map_err(io::Error::other)?),
                 Ok(Err(status)) => Err(io::Error::other(status.message().to_owned())),
-                Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "the snapshot was not installed in time")),
+                Err(_) => {
+                    Err(io::Error::new(io::ErrorKind::TimedOut, "the snapshot was not installed in time"))
+                }
             }
         };
         let (fed, answer) = tokio::join!(feed, answer);
@@ -174,7 +184,9 @@ async fn open_stream(
     match timeout(bound, client.append(ReceiverStream::new(receiver))).await {
         Ok(Ok(answer)) => Ok((sender, answer.into_inner(), channel)),
         Ok(Err(status)) => Err(io::Error::other(format!("{address}: {}", status.message()))),
-        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("{address}: no answer within {bound:?}"))),
+        Err(_) => {
+            Err(io::Error::new(io::ErrorKind::TimedOut, format!("{address}: no answer within {bound:?}")))
+        }
     }
 }
 
@@ -263,11 +275,11 @@ impl RaftNetworkFactory<TypeConfig> for Network {
 type RpcError = RPCError<u64, BasicNode, RaftError<u64>>;
 
 fn rpc_error(error: &io::Error) -> RpcError {
-    if error.kind() == io::ErrorKind::NotConnected {
-        // openraft waits for the backoff below before it tries again.
-        RPCError::Unreachable(Unreachable::new(error))
-    } else {
+    if error.kind() == io::ErrorKind::TimedOut {
         RPCError::Network(NetworkError::new(error))
+    } else {
+        // openraft waits for the backoff below before it tries again; after any other error it would do so at once.
+        RPCError::Unreachable(Unreachable::new(error))
     }
 }
 
@@ -287,7 +299,9 @@ impl RaftNetwork<TypeConfig> for Peer {
             Ok(Body::Appended(row)) => Ok(match row.higher {
                 Some(vote) => AppendEntriesResponse::HigherVote((&vote).into()),
                 None if row.success => AppendEntriesResponse::Success,
-                None if row.partial => AppendEntriesResponse::PartialSuccess(codec::log_id(row.matched.as_ref())),
+                None if row.partial => {
+                    AppendEntriesResponse::PartialSuccess(codec::log_id(row.matched.as_ref()))
+                }
                 None => AppendEntriesResponse::Conflict,
             }),
             Ok(_) => Err(rpc_error(&codec::invalid("an unexpected answer to an append"))),
@@ -295,7 +309,11 @@ impl RaftNetwork<TypeConfig> for Peer {
         }
     }
 
-    async fn vote(&mut self, request: VoteRequest<u64>, option: RPCOption) -> Result<VoteResponse<u64>, RpcError> {
+    async fn vote(
+        &mut self,
+        request: VoteRequest<u64>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<u64>, RpcError> {
         let row = VoteRequestRow {
             vote: Some((&request.vote).into()),
             last: codec::log_id_row(request.last_log_id.as_ref()),
@@ -303,7 +321,11 @@ impl RaftNetwork<TypeConfig> for Peer {
         match self.call(Body::Vote(row), option.hard_ttl()).await {
             Ok(Body::Voted(row)) => {
                 let vote = codec::vote(row.vote.as_ref()).map_err(|error| rpc_error(&error))?;
-                Ok(VoteResponse { vote, vote_granted: row.granted, last_log_id: codec::log_id(row.last.as_ref()) })
+                Ok(VoteResponse {
+                    vote,
+                    vote_granted: row.granted,
+                    last_log_id: codec::log_id(row.last.as_ref()),
+                })
             }
             Ok(_) => Err(rpc_error(&codec::invalid("an unexpected answer to a vote"))),
             Err(error) => Err(rpc_error(&error)),
@@ -346,10 +368,15 @@ pub async fn probe(peer: &Peer) -> io::Result<bool> {
     }
 }
 
+/// Raft has stopped: this end of the stream is of no more use.
+fn stopped(error: impl std::fmt::Display) -> io::Error {
+    unreachable(io::Error::other(error.to_string()))
+}
+
 /// What a message between masters makes this master do.
 ///
 /// # Errors
-/// When Raft has stopped or the message is malformed.
+/// `NotConnected` when Raft has stopped; another when the message is malformed.
 pub async fn dispatch(raft: &Raft, body: Option<Body>) -> io::Result<Body> {
     match body {
         Some(Body::Append(row)) => {
@@ -360,7 +387,7 @@ pub async fn dispatch(raft: &Raft, body: Option<Body>) -> io::Result<Body> {
                 entries: row.entries.into_iter().map(TryInto::try_into).collect::<io::Result<_>>()?,
             };
             let mut answer = codec::AppendedRow::default();
-            match raft.append_entries(request).await.map_err(io::Error::other)? {
+            match raft.append_entries(request).await.map_err(stopped)? {
                 AppendEntriesResponse::Success => answer.success = true,
                 AppendEntriesResponse::PartialSuccess(matched) => {
                     answer.partial = true;
@@ -374,7 +401,7 @@ pub async fn dispatch(raft: &Raft, body: Option<Body>) -> io::Result<Body> {
         Some(Body::Vote(row)) => {
             let last: Option<LogId> = codec::log_id(row.last.as_ref());
             let request = VoteRequest::new(codec::vote(row.vote.as_ref())?, last);
-            let answer = raft.vote(request).await.map_err(io::Error::other)?;
+            let answer = raft.vote(request).await.map_err(stopped)?;
             Ok(Body::Voted(codec::VotedRow {
                 vote: Some((&answer.vote).into()),
                 granted: answer.vote_granted,
@@ -382,7 +409,7 @@ pub async fn dispatch(raft: &Raft, body: Option<Body>) -> io::Result<Body> {
             }))
         }
         Some(Body::Probe(_)) => {
-            let initialized = raft.is_initialized().await.map_err(io::Error::other)?;
+            let initialized = raft.is_initialized().await.map_err(stopped)?;
             Ok(Body::Probed(codec::ProbedRow { initialized }))
         }
         _ => Err(codec::invalid("a message of an unknown kind")),

@@ -122,7 +122,10 @@ impl Node {
     }
 
     fn not_leader(&self, unknown: bool) -> NotLeader {
-        NotLeader { leader: self.leadership.borrow().leader.clone().filter(|leader| *leader != self.address), unknown }
+        NotLeader {
+            leader: self.leadership.borrow().leader.clone().filter(|leader| *leader != self.address),
+            unknown,
+        }
     }
 
     /// Carries out a command: it is durable on a majority and applied here when this answers. The command's time is
@@ -298,7 +301,11 @@ async fn snapshot_what_the_log_lacks(log: &LogStore, shared: &Arc<Shared>) -> st
     let (_, last) = log.ends()?;
     let newest = shared.snapshots.list()?.first().and_then(|(meta, _)| meta.last_log_id);
     if applied > last && applied > newest {
-        tracing::warn!(?applied, ?last, "the log ends before the state does: its last entries were lost, the state has them");
+        tracing::warn!(
+            ?applied,
+            ?last,
+            "the log ends before the state does: its last entries were lost, the state has them"
+        );
         shared.begin_snapshot().build().await?;
     }
     Ok(())

@@ -133,7 +133,9 @@ impl Batcher {
         let (mut commands, mut waiters, mut bytes) = (Vec::new(), Vec::new(), 0);
         while let Some(mut proposal) = waiting.pop_front() {
             bytes += proposal.command.encoded_len() + 16;
-            if !commands.is_empty() && (bytes > limits::BATCH_BYTES_MAX || commands.len() == limits::BATCH_COMMANDS_MAX) {
+            if !commands.is_empty()
+                && (bytes > limits::BATCH_BYTES_MAX || commands.len() == limits::BATCH_COMMANDS_MAX)
+            {
                 waiting.push_front(proposal);
                 break;
             }
@@ -146,7 +148,10 @@ impl Batcher {
     }
 }
 
-fn refuse(waiters: impl IntoIterator<Item = oneshot::Sender<Result<Applied, NotLeader>>>, refusal: &NotLeader) {
+fn refuse(
+    waiters: impl IntoIterator<Item = oneshot::Sender<Result<Applied, NotLeader>>>,
+    refusal: &NotLeader,
+) {
     for waiter in waiters {
         // A caller that went away needs no answer.
         drop(waiter.send(Err(refusal.clone())));
@@ -159,7 +164,11 @@ async fn deliver(result: oneshot::Receiver<ClientWriteResult<TypeConfig>>, waite
         Ok(Ok(Ok(response))) => {
             let answers = response.data.0;
             if answers.len() != waiters.len() {
-                tracing::error!(answers = answers.len(), commands = waiters.len(), "a batch was not answered one by one");
+                tracing::error!(
+                    answers = answers.len(),
+                    commands = waiters.len(),
+                    "a batch was not answered one by one"
+                );
                 return;
             }
             for (waiter, answer) in waiters.into_iter().zip(answers) {

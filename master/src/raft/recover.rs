@@ -60,7 +60,12 @@ pub fn open_sim(storage: &Arc<SimStorage>, cluster: &str, node: u64) -> Result<O
     Ok(Opened { log, store, snapshots, lock: None })
 }
 
-fn bring_in_line(log: &LogStore, snapshots: &Snapshots, store: &Store, usable: Result<(), String>) -> io::Result<()> {
+fn bring_in_line(
+    log: &LogStore,
+    snapshots: &Snapshots,
+    store: &Store,
+    usable: Result<(), String>,
+) -> io::Result<()> {
     let (purged, last) = log.ends()?;
     let kept = snapshots.list()?;
     let newest = kept.first().and_then(|(meta, _)| meta.last_log_id);
@@ -76,7 +81,10 @@ fn bring_in_line(log: &LogStore, snapshots: &Snapshots, store: &Store, usable: R
                 tracing::info!(%reason, snapshot = %meta.snapshot_id, "building the state store again from snapshot and log");
                 return store.replace(Some(data));
             }
-            Err(error) => tracing::warn!(snapshot = %meta.snapshot_id, %error, "cannot use a snapshot"),
+            Err(error) => {
+                tracing::warn!(snapshot = %meta.snapshot_id, %error, "cannot use a snapshot, putting it aside");
+                snapshots.put_aside(data)?;
+            }
         }
     }
     if let Some(purged) = purged {

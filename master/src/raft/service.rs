@@ -32,6 +32,10 @@ async fn answer(raft: &Raft, auth: &Auth, message: v1::RaftMessage) -> Result<v1
     let envelope = auth.open(message)?;
     let body = match dispatch(raft, envelope.body).await {
         Ok(body) => body,
+        // Ends the stream: the master may be back behind a new one.
+        Err(error) if error.kind() == std::io::ErrorKind::NotConnected => {
+            return Err(Status::unavailable(error.to_string()));
+        }
         Err(error) => Body::Failed(error.to_string()),
     };
     Ok(auth.seal(envelope.from, envelope.call, body))
@@ -78,7 +82,8 @@ impl v1::raft_server::Raft for RaftService {
         };
         let vote = codec::vote(vote.as_ref()).map_err(refuse)?;
         let (meta, data) = self.receive(head.call, first, parts).await?;
-        let installed = self.raft.install_full_snapshot(vote, Snapshot { meta, snapshot: Box::new(data) }).await;
+        let installed =
+            self.raft.install_full_snapshot(vote, Snapshot { meta, snapshot: Box::new(data) }).await;
         let body = match installed {
             Ok(response) => Body::Installed(InstalledRow { vote: Some((&response.vote).into()) }),
             Err(error) => Body::Failed(error.to_string()),

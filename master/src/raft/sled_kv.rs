@@ -46,7 +46,8 @@ pub struct SledKv {
 
 fn boot_id() -> String {
     // Without one no store is believed after an unclean stop, which is slow but right.
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").map_or_else(|_| String::new(), |id| id.trim().to_owned())
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map_or_else(|_| String::new(), |id| id.trim().to_owned())
 }
 
 /// Puts a small file in place durably and atomically.
@@ -83,7 +84,8 @@ impl SledKv {
     /// When the directory cannot be worked with at all.
     pub fn open(dir: &Path, cache_bytes: u64) -> io::Result<(Self, Result<(), String>)> {
         let note = match fs::read_to_string(dir.join("STATE")) {
-            Ok(text) => toml::from_str::<Note>(&text).map_err(|error| format!("STATE is damaged: {}", error.message())),
+            Ok(text) => toml::from_str::<Note>(&text)
+                .map_err(|error| format!("STATE is damaged: {}", error.message())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err("there is none yet".to_owned()),
             Err(error) => return Err(error),
         };

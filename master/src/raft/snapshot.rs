@@ -61,7 +61,11 @@ impl SnapshotData {
                 let mut buffer = vec![0; length];
                 let mut done = 0;
                 while done < length {
-                    match std::os::unix::fs::FileExt::read_at(&**file, &mut buffer[done..], offset + done as u64)? {
+                    match std::os::unix::fs::FileExt::read_at(
+                        &**file,
+                        &mut buffer[done..],
+                        offset + done as u64,
+                    )? {
                         0 => break,
                         n => done += n,
                     }
@@ -366,6 +370,25 @@ impl Snapshots {
         }
     }
 
+    /// Takes a damaged snapshot out of the way, for people to look at: to Raft it must not look like one.
+    ///
+    /// # Errors
+    /// When it cannot be renamed.
+    pub fn put_aside(&self, data: &SnapshotData) -> io::Result<()> {
+        match (self, &data.0) {
+            (Self::Disk(dir), Source::File(_, path)) => {
+                fs::rename(path, path.with_extension("damaged"))?;
+                sync_dir(dir)
+            }
+            (Self::Sim(storage), Source::Memory(bytes)) => {
+                let mut kept = storage.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
+                kept.retain(|(_, other)| other.as_ptr() != bytes.as_ptr());
+                Ok(())
+            }
+            _ => Err(io::Error::other("a snapshot of another kind of storage")),
+        }
+    }
+
     /// A place to write a snapshot to. `name` tells drafts apart.
     ///
     /// # Errors
@@ -375,7 +398,8 @@ impl Snapshots {
             Self::Sim(_) => Ok(Draft::Memory(Vec::new())),
             Self::Disk(dir) => {
                 let path = dir.join(format!("{name}.tmp"));
-                let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path)?;
+                let file =
+                    fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path)?;
                 Ok(Draft::File(file, path))
             }
         }

@@ -323,7 +323,11 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         Ok(Box::new(SnapshotData::empty()))
     }
 
-    async fn install_snapshot(&mut self, meta: &SnapshotMeta, data: Box<SnapshotData>) -> Result<(), StorageError> {
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        data: Box<SnapshotData>,
+    ) -> Result<(), StorageError> {
         let shared = Arc::clone(&self.0);
         let installed = self.0.env.blocking(move || shared.install(&data)).await;
         installed.map_err(|error| {
