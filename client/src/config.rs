@@ -41,7 +41,7 @@ impl Default for ClientConfig {
             cluster_id: String::new(),
             write_memory: limits::WRITE_MEMORY,
             read_cache: limits::READ_CACHE,
-            readahead: 8 << 20,
+            readahead: 16 << 20,
             operation_timeout: Some(Duration::from_millis(limits::OPERATION_MS)),
             connect_timeout: Duration::from_secs(10),
             append_progress: Duration::from_millis(limits::APPEND_PROGRESS_MS),

@@ -76,6 +76,7 @@ impl Client {
             change.kill_priv = true;
         }
         let resized = change.size.is_some();
+        let policy = change.replicas.is_some() || change.chunk_size.is_some();
         let answer = self.inner.master.mutate(cred, mutation::Op::SetAttr(change)).await.and_then(entry);
         if resized {
             self.inner.data.forget_layout(ino);
@@ -83,6 +84,9 @@ impl Client {
         match answer {
             Ok(attr) => {
                 self.inner.cache.learn(&attr);
+                if policy {
+                    self.inner.follow_policy(&attr);
+                }
                 Ok(self.inner.overlaid(attr))
             }
             Err(error) => {

@@ -42,6 +42,9 @@ impl Client {
             }
         };
         inner.cache.put_attr(&ticket, &attr);
+        if flags.write || flags.append {
+            inner.follow_policy(&attr);
+        }
         if flags.truncate {
             let cut =
                 v1::SetAttr { ino: ino.get(), size: Some(0), by_handle: true, ..v1::SetAttr::default() };

@@ -28,7 +28,7 @@ pub use namespace::Entry;
 use crate::cache::Cache;
 use crate::data::{DataConfig, DataPlane};
 use crate::session::Session;
-use crate::{ClientConfig, Master};
+use crate::{ClientConfig, Master, settings};
 use atime::Atimes;
 use background::Background;
 use dfs_env::Env;
@@ -74,6 +74,7 @@ impl Client {
         let ttl = config.attr_ttl.min(Duration::from_millis(limits::ATTR_TTL_MS));
         let cache = Arc::new(Cache::new(ttl, limits::ATTR_CACHE_ENTRIES));
         let master: Arc<dyn Master> = Arc::new(Observer::new(Arc::clone(&session), Arc::clone(&cache)));
+        let host = if config.host.is_empty() { settings::host_name() } else { config.host.clone() };
         let data = DataPlane::new(
             env,
             Arc::clone(&master),
@@ -86,6 +87,7 @@ impl Client {
                 ..DataConfig::default()
             },
         );
+        data.prefer_host(&host);
         let client = Self {
             inner: Arc::new(Inner {
                 config,
@@ -211,6 +213,11 @@ fn check_name(name: &[u8]) -> FsResult<()> {
 }
 
 impl Inner {
+    /// From now on the file's bytes go where its attributes say: how many replicas, how large chunks.
+    pub fn follow_policy(&self, attr: &Attr) {
+        self.data.set_policy(InodeNo(attr.ino), attr, self.master.defaults());
+    }
+
     /// Flushes what is held of an inode, if anything.
     pub async fn flush_if_dirty(&self, ino: InodeNo) -> FsResult<()> {
         if self.data.dirty(ino).is_some() {
