@@ -37,17 +37,7 @@ pub fn commit(s: &mut State<'_>, by: &Caller<'_>, op: &v1::Commit) -> OpResult<B
     for slice in &op.slices {
         let end = range_end(slice.file_offset, slice.length)?;
         check_appendable(s, by, slice)?;
-        let (from, to) = (ByteOffset(slice.file_offset), ByteOffset(end));
-        // Cutting comes first: it may free the extent of the very same bytes, committed before.
-        slices::cut(s, &mut inode, from, to)?;
-        add_extent(s, slice)?;
-        let row = SliceRow {
-            chunk: slice.chunk,
-            chunk_offset: slice.chunk_offset,
-            length: slice.length,
-            extent: slice.chunk_offset,
-        };
-        slices::insert(s, &mut inode, from, &row)?;
+        place(s, &mut inode, slice, ByteOffset(end))?;
         inode.attr.size = inode.attr.size.max(end);
     }
     if op.kill_priv {
@@ -61,11 +51,26 @@ pub fn commit(s: &mut State<'_>, by: &Caller<'_>, op: &v1::Commit) -> OpResult<B
     Ok(entry(&inode, false))
 }
 
-fn add_extent(s: &mut State<'_>, slice: &CommitSlice) -> OpResult<()> {
+/// Puts one slice of a commit into the file, over whatever is there.
+fn place(s: &mut State<'_>, inode: &mut Inode, slice: &CommitSlice, end: ByteOffset) -> OpResult<()> {
+    let from = ByteOffset(slice.file_offset);
+    // Cutting comes first: it may free an extent, and changes the chunk's row then.
+    slices::cut(s, inode, from, end)?;
     let mut chunk = chunk_of(s, slice)?;
-    slices::new_extent(s, &mut chunk, ByteOffset(slice.chunk_offset), ByteLen(slice.length))?;
+    let bytes = (ByteOffset(slice.chunk_offset), ByteLen(slice.length));
+    let extended = slices::extend(s, inode, &mut chunk, from, bytes)?;
+    let extent = if extended { None } else { Some(slices::extent_for(s, &mut chunk, bytes.0, bytes.1)?) };
     chunk.committed = chunk.committed.max(slice.record_end);
     s.tx.put_chunk(&chunk);
+    if let Some(extent) = extent {
+        let row = SliceRow {
+            chunk: slice.chunk,
+            chunk_offset: slice.chunk_offset,
+            length: slice.length,
+            extent: extent.get(),
+        };
+        slices::insert(s, inode, from, &row)?;
+    }
     Ok(())
 }
 

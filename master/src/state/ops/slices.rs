@@ -13,6 +13,7 @@ use super::State;
 use crate::state::keys;
 use crate::state::kv::Tx;
 use crate::state::rows::{Inode, OpResult, corrupt, decode, number, refused};
+use dfs_proto::limits::RECORD_MAX;
 use dfs_proto::v1::chunk_state::Phase;
 use dfs_proto::v1::{ChunkState, ErrorCode, ExtentRow, SliceRow};
 use dfs_proto::{ByteLen, ByteOffset, ChunkId, InodeNo};
@@ -99,32 +100,75 @@ pub fn insert(s: &mut State<'_>, inode: &mut Inode, at: ByteOffset, row: &SliceR
     Ok(())
 }
 
-/// Records bytes of a chunk as an extent of their own, as yet without users. The very same bytes may be committed
-/// again; bytes that overlap another extent in any other way may not.
-pub fn new_extent(s: &mut State<'_>, chunk: &mut ChunkState, at: ByteOffset, len: ByteLen) -> OpResult<()> {
+/// The extent that holds these bytes of a chunk: one that has them already, or a new one that is as yet without users.
+/// Bytes that lie across the border of an extent belong to no commit.
+pub fn extent_for(
+    s: &mut State<'_>,
+    chunk: &mut ChunkState,
+    at: ByteOffset,
+    len: ByteLen,
+) -> OpResult<ByteOffset> {
     let id = ChunkId(chunk.chunk);
-    let key = keys::extent(id, at);
-    let fresh = at.get() >= chunk.committed;
-    if !fresh {
-        if let Some(extent) = s.tx.row::<ExtentRow>(&key)? {
-            return if extent.length == len.get() { Ok(()) } else { overlap(id, at) };
-        }
+    if at.get() < chunk.committed {
         let (first, last) = keys::extents(id, ByteOffset(0), at + len);
         if let Some((found, value)) = s.tx.last(&first, &last)? {
             let extent: ExtentRow = decode(&found, &value)?;
-            if number(&found, 1)? + extent.length > at.get() {
+            let (start, end) = (number(&found, 1)?, number(&found, 1)? + extent.length);
+            if start <= at.get() && (at + len).get() <= end {
+                return Ok(ByteOffset(start));
+            }
+            if end > at.get() {
                 return overlap(id, at);
             }
         }
     }
-    s.tx.put_row(key, &ExtentRow { length: len.get(), ..Default::default() });
+    s.tx.put_row(keys::extent(id, at), &ExtentRow { length: len.get(), ..Default::default() });
     chunk.live += len.get();
     s.cluster.live_bytes += len.get();
-    Ok(())
+    Ok(at)
+}
+
+/// Bytes appended to file and chunk right behind a slice make that slice and its extent longer, when nothing else uses
+/// the extent: a log of a million small appends is not a million rows. An extent lives as a whole, so it grows only up to
+/// a record's length. Answers whether it did; the place in the file must be a hole, the bytes of the chunk new.
+pub fn extend(
+    s: &mut State<'_>,
+    inode: &mut Inode,
+    chunk: &mut ChunkState,
+    file_at: ByteOffset,
+    (at, len): (ByteOffset, ByteLen),
+) -> OpResult<bool> {
+    if file_at.get() == 0 || at.get() < chunk.committed {
+        return Ok(false);
+    }
+    let ino = inode.ino();
+    let (first, last) = keys::slices(ino, ByteOffset(0), file_at);
+    let Some((key, value)) = s.tx.last(&first, &last)? else { return Ok(false) };
+    let mut before = read_row(&key, &value)?;
+    let follows = end(&before) == file_at
+        && before.1.chunk == chunk.chunk
+        && before.1.chunk_offset + before.1.length == at.get();
+    if !follows {
+        return Ok(false);
+    }
+    let (extent_key, mut extent) = extent_of(s, &before.1)?;
+    let alone = extent.others == 0 && (extent.first_ino, extent.first_offset) == (ino.get(), before.0.get());
+    let ends_there = before.1.extent + extent.length == at.get();
+    if !alone || !ends_there || extent.length + len.get() > RECORD_MAX as u64 {
+        return Ok(false);
+    }
+    extent.length += len.get();
+    before.1.length += len.get();
+    s.tx.put_row(extent_key, &extent);
+    s.tx.put_row(key, &before.1);
+    chunk.live += len.get();
+    s.cluster.live_bytes += len.get();
+    inode.set_mapped(ByteLen(inode.mapped.get() + len.get()));
+    Ok(true)
 }
 
 fn overlap<T>(chunk: ChunkId, at: ByteOffset) -> OpResult<T> {
-    refused(ErrorCode::ErrorInvalid, format!("bytes at {at} of chunk {chunk} are committed already"))
+    refused(ErrorCode::ErrorInvalid, format!("bytes at {at} of chunk {chunk} lie across an extent's border"))
 }
 
 fn extent_of(s: &State<'_>, slice: &SliceRow) -> io::Result<(Vec<u8>, ExtentRow)> {

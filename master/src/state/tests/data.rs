@@ -202,7 +202,7 @@ impl Files {
             Step::Zero(file, at, len, keep) => self.fallocate(file, at, len, keep, false, true),
             Step::Allocate(file, at, len) => self.fallocate(file, at, len, false, false, false),
             Step::Copy(from, from_offset, to, to_offset, len) => {
-                self.copy(from, from_offset, to, to_offset, len)
+                self.copy(from, from_offset, to, to_offset, len);
             }
             Step::NewChunk => self.writer = self.w.writer(),
             Step::Seal => {
@@ -296,8 +296,10 @@ fn commits_name_bytes_that_can_be_there_and_are_nobody_elses() {
     assert_eq!(with(&|slice| slice.epoch = 2), ErrorCode::ErrorStaleEpoch);
     assert_eq!(with(&|slice| slice.file_offset = i64::MAX as u64 - 99), ErrorCode::ErrorFileTooBig);
     w.commit(ino, vec![slice]).unwrap();
-    assert_eq!(with(&|slice| slice.chunk_offset = 50), ErrorCode::ErrorInvalid);
-    assert_eq!(with(&|slice| slice.length = 50), ErrorCode::ErrorInvalid);
+    let across = |slice: &mut v1::CommitSlice| {
+        (slice.file_offset, slice.chunk_offset, slice.record_end) = (200, 50, 150);
+    };
+    assert_eq!(with(&across), ErrorCode::ErrorInvalid);
     let mut other = World::over(w.kv, 2_000_000);
     other.session = other.open_session();
     assert_eq!(code(other.commit(ino, vec![writer.slice(0, 10)])), ErrorCode::ErrorStaleEpoch);
@@ -376,6 +378,35 @@ fn a_big_file_is_freed_in_steps() {
         left.insert(step, cluster_row(&w.kv).unwrap().unwrap().live_bytes);
     }
     assert_eq!(left.into_values().collect::<Vec<_>>(), [total - REAP_ROWS_MAX as u64, 10, 0]);
+}
+
+#[test]
+fn small_appends_make_one_slice_longer() {
+    let w = World::new();
+    let ino = w.file("log");
+    let mut writer = w.writer();
+    let rows = |ino| {
+        let tx = kv::Tx::new(&w.kv);
+        ops::slices::overlapping(
+            &tx,
+            InodeNo(ino),
+            dfs_proto::ByteOffset(0),
+            dfs_proto::ByteOffset(1 << 40),
+            99,
+        )
+        .unwrap()
+    };
+    for at in 0..50 {
+        w.commit(ino, vec![writer.slice(at * 100, 100)]).unwrap();
+    }
+    assert_eq!(rows(ino).len(), 1);
+    // A clone keeps what it was cloned from: what comes later is an extent of its own.
+    let copy = w.file("copy");
+    let op = v1::CopyRange { from: ino, to: copy, length: 5000, ..Default::default() };
+    w.mutate(&root(), mutation::Op::CopyRange(op)).unwrap();
+    w.commit(ino, vec![writer.slice(5000, 100)]).unwrap();
+    assert_eq!((rows(ino).len(), rows(copy).len()), (2, 1));
+    w.check();
 }
 
 #[test]

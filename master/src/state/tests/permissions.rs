@@ -134,12 +134,12 @@ fn truncate_and_writes_clear_setuid() {
     let mode = |mode| w.chmod(&user(5), file.ino, mode).unwrap();
     mode(0o6777);
     let truncate = v1::SetAttr { size: Some(10), ..set(file.ino) };
-    let cut = w.set_attr(&user(6), truncate.clone()).unwrap();
+    let cut = w.set_attr(&user(6), truncate).unwrap();
     assert_eq!((cut.mode, cut.size, cut.mtime == cut.ctime), (0o777, 10, true));
     mode(0o6777);
-    assert_eq!(w.set_attr(&root(), truncate.clone()).unwrap().mode, 0o6777);
+    assert_eq!(w.set_attr(&root(), truncate).unwrap().mode, 0o6777);
     mode(0o700);
-    assert_eq!(code(w.set_attr(&user(6), truncate.clone())), ErrorCode::ErrorAccess);
+    assert_eq!(code(w.set_attr(&user(6), truncate)), ErrorCode::ErrorAccess);
     assert!(w.set_attr(&user(6), v1::SetAttr { by_handle: true, ..truncate }).is_ok());
     let too_big = v1::SetAttr { size: Some(1 << 63), ..set(file.ino) };
     assert_eq!(code(w.set_attr(&root(), too_big)), ErrorCode::ErrorFileTooBig);
@@ -158,13 +158,13 @@ fn times_follow_utimensat() {
     let (w, _, file) = world();
     let old = Some(Timestamp { seconds: -5, nanos: 7 });
     let both_now = v1::SetAttr { atime_now: true, mtime_now: true, ..set(file.ino) };
-    assert_eq!(code(w.set_attr(&user(6), both_now.clone())), ErrorCode::ErrorAccess);
+    assert_eq!(code(w.set_attr(&user(6), both_now)), ErrorCode::ErrorAccess);
     w.chmod(&user(5), file.ino, 0o666).unwrap();
     assert!(w.set_attr(&user(6), both_now).is_ok(), "writers may say now");
     let one_now = v1::SetAttr { mtime_now: true, ..set(file.ino) };
     assert_eq!(code(w.set_attr(&user(6), one_now)), ErrorCode::ErrorNotPermitted);
     let given = v1::SetAttr { mtime: old, ..set(file.ino) };
-    assert_eq!(code(w.set_attr(&user(6), given.clone())), ErrorCode::ErrorNotPermitted);
+    assert_eq!(code(w.set_attr(&user(6), given)), ErrorCode::ErrorNotPermitted);
     let done = w.set_attr(&user(5), given).unwrap();
     assert_eq!(done.mtime, old);
     assert!(done.ctime.unwrap().seconds > 1_000_000);
@@ -187,7 +187,7 @@ fn times_follow_utimensat() {
 fn policy_and_flags_are_checked() {
     let (w, _, file) = world();
     let nodump = v1::SetAttr { flags: Some(0x40), ..set(file.ino) };
-    assert_eq!(code(w.set_attr(&user(6), nodump.clone())), ErrorCode::ErrorNotPermitted);
+    assert_eq!(code(w.set_attr(&user(6), nodump)), ErrorCode::ErrorNotPermitted);
     assert_eq!(w.set_attr(&user(5), nodump).unwrap().flags, 0x40);
     let immutable = v1::SetAttr { flags: Some(0x50), ..set(file.ino) };
     assert_eq!(code(w.set_attr(&user(5), immutable)), ErrorCode::ErrorNotPermitted);
