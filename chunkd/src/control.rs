@@ -8,7 +8,7 @@
 
 use crate::identity::Terms;
 use crate::store::Store;
-use crate::store::file::Settled;
+use crate::store::orders::Settled;
 use crate::store::queue::ChunkOrder;
 use dfs_env::Env;
 use dfs_env::rpc::{self, Tuning};

@@ -6,8 +6,8 @@
 //! the answer to record n does not hold up record n + 1.
 
 use super::{Context, Gate};
+use crate::store::append::NewRecord;
 use crate::store::durable::Held;
-use crate::store::file::NewRecord;
 use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::{APPEND_PROGRESS_MS, APPEND_STREAM_REQUESTS, RECORD_MAX, REPLICAS_MAX};
 use dfs_proto::token::Rights;

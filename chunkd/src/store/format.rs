@@ -51,7 +51,7 @@ pub enum FormatError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileHeader {
     pub chunk: ChunkId,
-    /// The epoch that the file was created in.
+    /// The epoch that the file was created in; of a sealed one, the epoch that it was sealed in.
     pub epoch: Epoch,
     /// Payload bytes the chunk may hold; 0: created by a fence, takes no appends.
     pub capacity: ByteLen,

@@ -1,22 +1,26 @@
 //! All chunks of a daemon: appended to, read, fenced, sealed and deleted by number.
 
+pub mod append;
 pub mod cache;
 pub mod dirs;
 pub mod durable;
 pub mod file;
 pub mod format;
+pub mod orders;
 pub mod queue;
 pub mod read;
 pub mod recovery;
 
 use crate::lock;
+use append::NewRecord;
 use dfs_env::Env;
 use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::SYNCS_AT_ONCE;
 use dfs_proto::{ChunkId, FsError, FsResult, v1};
 use dirs::{DataDir, Dirs, chunk_of};
 use durable::Held;
-use file::{Chunk, NewRecord, Settled};
+use file::Chunk;
+use orders::Settled;
 use queue::{ChunkOrder, Job};
 use read::Piece;
 use recovery::{Found, Opened};
@@ -218,5 +222,7 @@ impl Shared {
     }
 }
 
+#[cfg(test)]
+mod test_disk;
 #[cfg(test)]
 mod tests;

@@ -4,8 +4,10 @@
 //! ends when the queue is empty. Syncs run beside it: the fdatasync of record n does not hold up the write of n + 1.
 
 use super::Shared;
+use super::append::NewRecord;
 use super::durable::Held;
-use super::file::{Chunk, NewRecord, Phase, Settled};
+use super::file::{Chunk, Phase};
+use super::orders::Settled;
 use crate::lock;
 use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::{UNSYNCED_BYTES, WRITE_BATCH_BYTES, WRITE_BATCH_RECORDS, WRITE_INLINE_BYTES};
@@ -123,8 +125,7 @@ impl Chunk {
 
     async fn run_appends(self: &Arc<Self>, records: Vec<NewRecord>, answers: Vec<(bool, HeldSender)>) {
         let bytes: usize = records.iter().map(|record| record.payload.len()).sum();
-        let ends: Vec<u64> =
-            records.iter().map(|record| record.offset.get() + record.payload.len() as u64).collect();
+        let ends: Vec<u64> = records.iter().map(NewRecord::end).collect();
         // A few bytes into the page cache take less time than a change of thread. Creating a file may not be quick.
         let results = if bytes <= WRITE_INLINE_BYTES && self.phase() == Phase::Open {
             self.append(&records)

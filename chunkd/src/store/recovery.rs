@@ -112,6 +112,34 @@ pub fn read_trailer(file: &dyn DiskFile, chunk: ChunkId, file_len: u64) -> io::R
     Ok(Trailer::decode(&bytes, chunk, file_len).ok())
 }
 
+/// A sealed file's index from its footer, or why there is none.
+///
+/// # Errors
+/// What the disk says.
+pub fn read_footer(file: &dyn DiskFile, chunk: ChunkId) -> io::Result<Result<Vec<Entry>, FormatError>> {
+    let file_len = file.len()?;
+    let Some(trailer) = read_trailer(file, chunk, file_len)? else { return Ok(Err(FormatError::Magic)) };
+    let length = file_len - TRAILER as u64 - trailer.index_position;
+    let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
+    file.read_exact_at(&mut bytes, trailer.index_position)?;
+    Ok(trailer.decode_index(&bytes))
+}
+
+/// The index of a sealed chunk of `length` bytes from its records' headers; nothing when one of them is damaged.
+///
+/// # Errors
+/// What the disk says.
+pub fn rebuild_index(file: &dyn DiskFile, chunk: ChunkId, length: u64) -> io::Result<Option<Vec<Entry>>> {
+    let mut scan = Scan::new(file, chunk, file.len()?);
+    while scan.length < length {
+        match scan.window.record(chunk, scan.position, false)? {
+            Some(record) if record.offset.get() == scan.length => scan.take(&record),
+            _ => return Ok(None),
+        }
+    }
+    Ok((scan.length == length).then_some(scan.index))
+}
+
 fn sealed(capacity: ByteLen, trailer: &Trailer, file_len: u64) -> Found {
     Found {
         condition: Condition::Sealed,
@@ -178,23 +206,27 @@ impl<'a> Scan<'a> {
             if record.offset.get() != self.length {
                 break;
             }
-            self.records += 1;
-            self.epoch = self.epoch.max(record.epoch);
-            self.position = record.end_position();
-            match record.kind {
-                RecordKind::Data => {
-                    self.length += u64::from(record.length);
-                    self.digest = digest(self.digest, record.offset, record.length, &record.checksums);
-                    self.index.push(record.entry());
-                }
-                RecordKind::Epoch => {}
-                RecordKind::Seal => {
-                    self.seal = true;
-                    break;
-                }
+            self.take(&record);
+            if self.seal {
+                break;
             }
         }
         Ok(())
+    }
+
+    fn take(&mut self, record: &Record) {
+        self.records += 1;
+        self.epoch = self.epoch.max(record.epoch);
+        self.position = record.end_position();
+        match record.kind {
+            RecordKind::Data => {
+                self.length += u64::from(record.length);
+                self.digest = digest(self.digest, record.offset, record.length, &record.checksums);
+                self.index.push(record.entry());
+            }
+            RecordKind::Epoch => {}
+            RecordKind::Seal => self.seal = true,
+        }
     }
 
     fn gap_before_records(&mut self) -> io::Result<bool> {
@@ -204,7 +236,8 @@ impl<'a> Scan<'a> {
     /// Looks for valid records after the place where the scan stopped.
     fn resync(&mut self) -> io::Result<Beyond> {
         let mut beyond = Beyond::default();
-        let mut at = self.position;
+        // The record that stands there is the gap: its header may be whole and only its payload torn.
+        let mut at = self.position + 1;
         while let Some(candidate) = self.window.find_magic(at)? {
             at = candidate + 1;
             if let Some(record) = self.window.record(self.chunk, candidate, false)? {

@@ -1,0 +1,193 @@
+//! What the master orders for one chunk: fence, seal, delete.
+
+use super::durable::{self, failed};
+use super::file::{Chunk, Phase, State};
+use super::format::{Entry, FILE_HEADER, FileHeader, Record, RecordKind, digest};
+use super::recovery;
+use crate::lock;
+use dfs_env::DiskFile;
+use dfs_proto::error::ErrorCode;
+use dfs_proto::{ByteLen, ByteOffset, Epoch, FsResult, InodeNo};
+use std::io::IoSlice;
+use std::sync::Arc;
+
+/// What a fence or a seal left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settled {
+    pub epoch: Epoch,
+    pub length: u64,
+    pub digest: u32,
+}
+
+impl Chunk {
+    /// Refuses appends below `epoch` from here on, durably, and says what is here. A chunk that is not here is created
+    /// empty, so that a late first append is refused too. Blocks.
+    ///
+    /// # Errors
+    /// ERROR_STALE_EPOCH when a higher epoch is here; what the disk says.
+    pub fn fence(&self, epoch: Epoch) -> FsResult<Settled> {
+        let mut state = self.snapshot();
+        if epoch < state.epoch {
+            let text = format_args!("epoch {} is here, not {epoch}", state.epoch);
+            return Err(self.error(ErrorCode::ErrorStaleEpoch, text));
+        }
+        if state.phase == Phase::Sealed {
+            return Ok(self.settled());
+        }
+        if state.phase == Phase::Absent {
+            self.create(&mut state, epoch, ByteLen(0), None)?;
+        } else if epoch > state.epoch {
+            let record = self.mark(&state, RecordKind::Epoch, epoch).encode();
+            self.write(&[IoSlice::new(&record)], state.position)?;
+            let mut now = lock(&self.state);
+            now.position = state.position + record.len() as u64;
+            now.epoch = epoch;
+        }
+        self.sync()?;
+        Ok(self.settled())
+    }
+
+    fn settled(&self) -> Settled {
+        let state = lock(&self.state);
+        Settled { epoch: state.epoch, length: state.length, digest: state.digest }
+    }
+
+    /// A record without a payload.
+    fn mark(&self, state: &State, kind: RecordKind, epoch: Epoch) -> Record {
+        Record {
+            kind,
+            chunk: self.id,
+            epoch,
+            position: state.position,
+            offset: ByteOffset(state.length),
+            length: 0,
+            synced: ByteOffset(state.synced),
+            ino: InodeNo(0),
+            file_offset: ByteOffset(0),
+            checksums: Vec::new(),
+        }
+    }
+
+    /// Ends the chunk at `length`: records beyond are cut, the footer is written. Blocks.
+    ///
+    /// # Errors
+    /// ERROR_NO_CHUNK; ERROR_STALE_EPOCH when a higher epoch is here; ERROR_RANGE when fewer bytes are here;
+    /// ERROR_CONFLICT when it was sealed at another length or `length` is inside a record; what the disk says.
+    pub fn seal(&self, epoch: Epoch, length: u64) -> FsResult<Settled> {
+        let mut state = self.snapshot();
+        match state.phase {
+            Phase::Absent => return Err(self.error(ErrorCode::ErrorNoChunk, "there is no such chunk here")),
+            Phase::Sealed if state.length == length => return Ok(self.settled()),
+            Phase::Sealed => {
+                let text = format_args!("it was sealed at {}, not {length}", state.length);
+                return Err(self.error(ErrorCode::ErrorConflict, text));
+            }
+            Phase::Open | Phase::Damaged { .. } => {}
+        }
+        if epoch < state.epoch {
+            let text = format_args!("epoch {} is here, not {epoch}", state.epoch);
+            return Err(self.error(ErrorCode::ErrorStaleEpoch, text));
+        }
+        if length > state.length {
+            let text = format_args!("only {} of {length} bytes are here", state.length);
+            return Err(self.error(ErrorCode::ErrorRange, text));
+        }
+        let file = self.open(&state)?;
+        if length < state.length || matches!(state.phase, Phase::Damaged { .. }) {
+            self.cut(&mut state, &*file, length)?;
+        }
+        self.sync()?;
+        self.write_seal(&state, &file, epoch)?;
+        Ok(self.settled())
+    }
+
+    /// Cuts whole records beyond `length`, durably.
+    fn cut(&self, state: &mut State, file: &dyn DiskFile, length: u64) -> FsResult<()> {
+        let mut index = lock(&self.index).clone();
+        index.truncate(index.partition_point(|entry| entry.end() <= length));
+        if index.last().map_or(0, Entry::end) != length {
+            let text = format_args!("{length} is inside a record");
+            return Err(self.error(ErrorCode::ErrorConflict, text));
+        }
+        let mut sum = 0;
+        for entry in &index {
+            let record = self.read_header(file, entry)?;
+            sum = digest(sum, record.offset, record.length, &record.checksums);
+        }
+        let position = index.last().map_or(FILE_HEADER as u64, Entry::end_position);
+        let Some((dir, path)) = state.place.clone() else {
+            return Err(self.error(ErrorCode::ErrorIo, "it has no place"));
+        };
+        {
+            // Readers find the shorter length before the bytes are gone.
+            let mut now = lock(&self.state);
+            *lock(&self.index) = index;
+            (now.length, now.synced, now.digest) = (length, now.synced.min(length), sum);
+            now.position = position;
+        }
+        durable::cut(file, position).map_err(|error| failed("cutting", &path, error))?;
+        let mut now = lock(&self.state);
+        dir.account(0, now.file_bytes.saturating_sub(position));
+        now.file_bytes = position;
+        *state = now.clone();
+        Ok(())
+    }
+
+    /// Writes the Seal record and the footer after everything that is there.
+    fn write_seal(&self, state: &State, file: &Arc<dyn DiskFile>, epoch: Epoch) -> FsResult<()> {
+        let record = self.mark(state, RecordKind::Seal, epoch);
+        self.write(&[IoSlice::new(&record.encode())], state.position)?;
+        let Some((dir, path)) = &state.place else {
+            return Err(self.error(ErrorCode::ErrorIo, "it has no place"));
+        };
+        let header = FileHeader {
+            chunk: self.id,
+            epoch,
+            capacity: state.capacity,
+            cluster: self.shared.cluster,
+            sealed: true,
+        };
+        let index = Arc::new(lock(&self.index).clone());
+        let (at, sum) = (record.end_position(), state.digest);
+        let end = match recovery::write_footer(&**file, &header, epoch, at, &index, sum) {
+            Ok(end) => end,
+            Err(error) => {
+                let error = failed("sealing", path, error);
+                dir.fail(&error);
+                let mut now = lock(&self.state);
+                (now.broken, now.sync_failed) = (Some(error.clone()), true);
+                return Err(error);
+            }
+        };
+        self.shared.cache.keep_file(self.id, Arc::clone(file));
+        self.shared.cache.keep_index(self.id, index);
+        let mut now = lock(&self.state);
+        dir.account(end.saturating_sub(now.file_bytes), now.file_bytes.saturating_sub(end));
+        *lock(&self.index) = Vec::new();
+        (now.phase, now.epoch, now.file) = (Phase::Sealed, epoch, None);
+        (now.position, now.file_bytes, now.synced) = (end, end, now.length);
+        now.broken = None;
+        Ok(())
+    }
+
+    /// Removes the chunk for good. One that is not here is removed. Blocks.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn delete(&self) -> FsResult<()> {
+        let state = self.snapshot();
+        let Some((dir, path)) = &state.place else { return Ok(()) };
+        durable::remove(&*self.shared.env.disk, path).map_err(|error| failed("removing", path, error))?;
+        dir.account(0, state.file_bytes);
+        self.shared.cache.forget(self.id);
+        let gone = Self::absent(self.id, Arc::clone(&self.shared)).snapshot();
+        {
+            let mut now = lock(&self.state);
+            *lock(&self.index) = Vec::new();
+            *now = State { generation: state.generation + 1, ..gone };
+        }
+        // A read that began before may have put the file or index back at hand.
+        self.shared.cache.forget(self.id);
+        Ok(())
+    }
+}

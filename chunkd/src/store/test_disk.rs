@@ -1,0 +1,165 @@
+//! A disk in memory for tests: it counts syncs, fails on demand, and loses on a power cut what was not synced, each
+//! sector of each write by itself, so also in another order than written.
+
+use crate::lock;
+use dfs_env::disk::{Disk, DiskFile, OpenMode, Space};
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+const SECTOR: usize = 512;
+
+#[derive(Default)]
+struct Content {
+    live: Vec<u8>,
+    durable: Vec<u8>,
+}
+
+type File = Arc<Mutex<Content>>;
+
+#[derive(Default)]
+struct Names {
+    live: BTreeMap<PathBuf, File>,
+    durable: BTreeMap<PathBuf, File>,
+}
+
+#[derive(Default)]
+pub struct Faults {
+    /// Writes to paths below this one fail.
+    pub write_below: Mutex<Option<(PathBuf, io::ErrorKind)>>,
+    pub sync: AtomicBool,
+    pub syncs: AtomicU64,
+}
+
+#[derive(Clone, Default)]
+pub struct TestDisk {
+    names: Arc<Mutex<Names>>,
+    pub faults: Arc<Faults>,
+}
+
+impl TestDisk {
+    /// The power goes. `keep` decides of each unsynced sector, and of each unsynced file length, whether it stays.
+    pub fn cut_power(&self, mut keep: impl FnMut() -> bool) {
+        let mut names = lock(&self.names);
+        names.live = names.durable.clone();
+        for file in names.live.values() {
+            let mut file = lock(file);
+            let Content { live, durable } = &mut *file;
+            if live.len() != durable.len() && keep() {
+                durable.resize(live.len(), 0);
+            }
+            for (live, durable) in live.chunks(SECTOR).zip(durable.chunks_mut(SECTOR)) {
+                if keep() {
+                    let length = live.len().min(durable.len());
+                    durable[..length].copy_from_slice(&live[..length]);
+                }
+            }
+            live.clone_from(durable);
+        }
+    }
+
+    /// Changes a file behind everybody's back.
+    pub fn tamper(&self, path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+        let file = Arc::clone(lock(&self.names).live.get(path).expect("the file is there"));
+        let mut file = lock(&file);
+        change(&mut file.live);
+        file.durable = file.live.clone();
+    }
+
+    pub fn content(&self, path: &Path) -> Option<Vec<u8>> {
+        lock(&self.names).live.get(path).map(|file| lock(file).live.clone())
+    }
+
+    pub fn files(&self) -> Vec<PathBuf> {
+        lock(&self.names).live.keys().cloned().collect()
+    }
+}
+
+impl Disk for TestDisk {
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+        let mut names = lock(&self.names);
+        let content = match (names.live.get(path), mode) {
+            (Some(_), OpenMode::CreateNew) => return Err(io::ErrorKind::AlreadyExists.into()),
+            (Some(content), _) => Arc::clone(content),
+            (None, OpenMode::CreateNew) => Arc::clone(names.live.entry(path.to_owned()).or_default()),
+            (None, _) => return Err(io::ErrorKind::NotFound.into()),
+        };
+        Ok(Arc::new(TestFile { content, path: path.to_owned(), faults: Arc::clone(&self.faults) }))
+    }
+    fn create_dir_all(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
+    fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
+        Ok(lock(&self.names).live.keys().filter(|name| name.parent() == Some(path)).cloned().collect())
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut names = lock(&self.names);
+        let content = names.live.remove(from).ok_or(io::ErrorKind::NotFound)?;
+        names.live.insert(to.to_owned(), content);
+        Ok(())
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        lock(&self.names).live.remove(path).map(|_| ()).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        let mut names = lock(&self.names);
+        let Names { live, durable } = &mut *names;
+        durable.retain(|name, _| name.parent() != Some(path));
+        let here = live.iter().filter(|(name, _)| name.parent() == Some(path));
+        durable.extend(here.map(|(name, content)| (name.clone(), Arc::clone(content))));
+        Ok(())
+    }
+    fn space(&self, _path: &Path) -> io::Result<Space> {
+        Ok(Space { total_bytes: 1 << 40, free_bytes: 1 << 40 })
+    }
+}
+
+struct TestFile {
+    content: File,
+    path: PathBuf,
+    faults: Arc<Faults>,
+}
+
+impl DiskFile for TestFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let content = lock(&self.content);
+        let start = usize::try_from(offset).map_err(io::Error::other)?.min(content.live.len());
+        let length = buffer.len().min(content.live.len() - start);
+        buffer[..length].copy_from_slice(&content.live[start..start + length]);
+        Ok(length)
+    }
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let start = usize::try_from(offset).map_err(io::Error::other)?;
+        let mut content = lock(&self.content);
+        let fault = lock(&self.faults.write_below).clone().filter(|(below, _)| self.path.starts_with(below));
+        // A write that fails may have written a part.
+        let bytes = if fault.is_some() { &bytes[..bytes.len() / 2] } else { bytes };
+        let end = start + bytes.len();
+        if content.live.len() < end {
+            content.live.resize(end, 0);
+        }
+        content.live[start..end].copy_from_slice(bytes);
+        fault.map_or(Ok(()), |(_, kind)| Err(kind.into()))
+    }
+    fn write_vectored_at(&self, parts: &[io::IoSlice<'_>], offset: u64) -> io::Result<()> {
+        self.write_all_at(&parts.iter().flat_map(|part| part.to_vec()).collect::<Vec<u8>>(), offset)
+    }
+    fn len(&self) -> io::Result<u64> {
+        Ok(lock(&self.content).live.len() as u64)
+    }
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        lock(&self.content).live.resize(usize::try_from(length).map_err(io::Error::other)?, 0);
+        Ok(())
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.faults.syncs.fetch_add(1, Ordering::Relaxed);
+        if self.faults.sync.load(Ordering::Relaxed) {
+            return Err(io::Error::other("the medium is worn out"));
+        }
+        let mut content = lock(&self.content);
+        content.durable = content.live.clone();
+        Ok(())
+    }
+}
