@@ -206,7 +206,7 @@ impl Config {
                 "[[peers]] has the address {own} for this master, but it is known by {advertise}"
             ));
         }
-        if self.peers.len() % 2 == 0 {
+        if self.peers.len().is_multiple_of(2) {
             return fail(format!(
                 "{} masters survive no more failures than {}: take 1, 3, 5 or 7",
                 self.peers.len(),

@@ -63,7 +63,7 @@ pub fn format_bytes(bytes: u64) -> String {
     for (name, factor) in BINARY {
         if bytes >= factor {
             let (whole, tenth) = (bytes / factor, u128::from(bytes % factor) * 10 / u128::from(factor));
-            return if bytes % factor == 0 || whole >= 1000 {
+            return if bytes.is_multiple_of(factor) || whole >= 1000 {
                 format!("{whole} {name}")
             } else {
                 format!("{whole}.{tenth} {name}")

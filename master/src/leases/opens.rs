@@ -106,6 +106,11 @@ impl Opens {
         }
     }
 
+    /// An inode made without a name was given its first one.
+    pub fn named(&mut self, ino: InodeNo) {
+        self.orphans.remove(&ino);
+    }
+
     /// Up to `max` orphans to free now: they are reaping from here on.
     pub fn take_unused(&mut self, max: usize) -> Vec<InodeNo> {
         let mut taken = Vec::new();
@@ -117,9 +122,8 @@ impl Opens {
             }
             self.queue.pop_front();
             self.queued.remove(&ino);
-            // It may have been opened again by its handle while it was queued.
-            if !self.counts.contains_key(&ino) {
-                self.orphans.remove(&ino);
+            // It may have been opened again by its handle, or named, while it was queued.
+            if !self.counts.contains_key(&ino) && self.orphans.remove(&ino) {
                 self.reaping.insert(ino);
                 taken.push(ino);
             }
@@ -207,6 +211,16 @@ mod tests {
         assert!(opens.take_unused(10).is_empty());
         assert!(opens.close(A, INO));
         assert_eq!(opens.take_unused(10), vec![INO]);
+    }
+
+    #[test]
+    fn an_inode_made_without_a_name_is_safe_once_it_has_one() {
+        let mut opens = Opens::default();
+        assert!(opens.open(A, INO));
+        opens.orphaned(INO);
+        opens.named(INO);
+        assert!(opens.close(A, INO));
+        assert!(opens.take_unused(10).is_empty());
     }
 
     #[test]

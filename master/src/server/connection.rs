@@ -46,6 +46,7 @@ impl Drop for Link {
 }
 
 /// What a running request ended with.
+#[allow(clippy::large_enum_variant, reason = "nearly all of them are single replies")]
 pub enum Done {
     Reply(Reply),
     Replies(Vec<Reply>),

@@ -36,10 +36,10 @@ impl v1::control_server::Control for ControlService {
     type AttachStream = Frames;
 
     async fn attach(&self, request: Request<Streaming<NodeFrame>>) -> Result<Response<Frames>, Status> {
-        let start = Stage::Hello(Arc::clone(&self.shared), request.into_inner());
+        let start = Stage::Hello(Arc::clone(&self.shared), Box::new(request.into_inner()));
         let frames = futures::stream::unfold(start, |stage| async move {
             match stage {
-                Stage::Hello(shared, inbound) => hello(shared, inbound).await,
+                Stage::Hello(shared, inbound) => hello(shared, *inbound).await,
                 Stage::Attached(mut link) => {
                     let frame = link.next_frame().await?;
                     let over = frame.as_ref().map_or(true, |frame| frame.refusal.is_some());
@@ -53,7 +53,7 @@ impl v1::control_server::Control for ControlService {
 }
 
 enum Stage {
-    Hello(Arc<Shared>, Streaming<NodeFrame>),
+    Hello(Arc<Shared>, Box<Streaming<NodeFrame>>),
     Attached(Box<NodeLink>),
     Over,
 }

@@ -138,19 +138,36 @@ async fn free_orphans(term: Arc<Term>) {
             memory.release_abandoned(now.saturating_sub(term.shared.settings.session_ttl));
             memory.opens.take_unused(REAP_BATCH)
         };
-        if !batch.is_empty() {
-            let reap = v1::Reap { inos: batch.iter().map(|ino| ino.get()).collect() };
-            match term.shared.system(system::Op::Reap(reap)).await {
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => tracing::error!(%error, "freeing unnamed inodes"),
-                Err(_) => return,
-            }
-            term.memory().opens.reaped(&batch);
+        if reap(&term, &batch).await.is_err() {
+            return;
         }
         if batch.len() < REAP_BATCH {
             tokio::time::sleep(REAP_TICK).await;
         }
     }
+}
+
+/// Frees inodes, large ones in steps: while it is going on nobody can open them.
+async fn reap(term: &Term, batch: &[InodeNo]) -> Result<(), Gone> {
+    let mut left = batch.to_vec();
+    while !left.is_empty() {
+        let reap = v1::Reap { inos: left.iter().map(|ino| ino.get()).collect() };
+        if let Err(error) = term.shared.system(system::Op::Reap(reap)).await? {
+            tracing::error!(%error, "freeing unnamed inodes");
+            break;
+        }
+        let kv = term.kv();
+        left.retain(|ino| match state::attr(&*kv, *ino) {
+            // One that was given a name again in between is no orphan any more.
+            Ok(attr) => attr.is_some_and(|attr| attr.nlink == 0),
+            Err(error) => {
+                super::store_failed("reading an inode", &error);
+                false
+            }
+        });
+    }
+    term.memory().opens.reaped(batch);
+    Ok(())
 }
 
 /// Tells the open table of every orphan there is.

@@ -63,6 +63,7 @@ pub async fn mutate(
         Some(_) => {}
         None => return Ok(Done::Reply(not_understood(seq))),
     }
+    let linking = matches!(mutation.op, Some(mutation::Op::Link(_)));
     let command = Command {
         session: link.session.get(),
         seq,
@@ -77,17 +78,20 @@ pub async fn mutate(
             failed(FsError::new(ErrorCode::ErrorIo, "the state machine took a request for a system command"))
         }
     };
-    settle(&link, &answer, creating);
+    settle(&link, &answer, creating, linking);
     link.term.complete(link.session, &mut answer, appends);
     Ok(Done::Reply(reply(seq, answer)))
 }
 
 /// Keeps the open table in step with what was applied.
-fn settle(link: &Link, answer: &Answer, creating: Option<Creating>) {
+fn settle(link: &Link, answer: &Answer, creating: Option<Creating>, linking: bool) {
     let orphan = match &answer.body {
-        Some(Body::Entry(entry)) => {
-            if let (Some(creating), Some(attr)) = (creating, &entry.attr) {
+        Some(Body::Entry(v1::Entry { attr: Some(attr), .. })) => {
+            if let Some(creating) = creating {
                 creating.end(attr);
+            } else if linking {
+                // O_TMPFILE and linkat: it was without a name, and has its first one now.
+                link.term.memory().opens.named(InodeNo(attr.ino));
             }
             return;
         }
@@ -314,13 +318,10 @@ impl<'l> Opening<'l> {
         }
         let mut layout = None;
         if open.read && attr.kind() == v1::Kind::File && attr.size > 0 {
-            let slices =
-                v1::GetSlices { ino: open.ino, offset: 0, length: attr.size, max_slices: OPEN_SLICES };
-            let query = Query { op: Some(query::Op::GetSlices(slices)) };
-            match state::query(&*kv, cred, &query) {
-                Ok(Answer { body: Some(Body::Layout(slices)) }) => layout = Some(slices),
+            match state::layout(&*kv, self.ino, 0, attr.size, OPEN_SLICES) {
+                Ok(Ok(slices)) => layout = Some(slices),
                 // Only a courtesy: the client asks when it reads.
-                Ok(_) => {}
+                Ok(Err(_)) => {}
                 Err(error) => {
                     store_failed("reading slices", &error);
                 }

@@ -73,7 +73,7 @@ async fn seal(term: &Term, id: ChunkId) -> Result<bool, Gone> {
                 let fence = v1::FenceChunk { chunk: id.get() };
                 match term.shared.system(system::Op::FenceChunk(fence)).await? {
                     Ok(system_answer::Body::Fenced(chunk)) => sealing.on(Event::Fenced(chunk)),
-                    refused => refuse(&mut sealing, id, "fencing", refused),
+                    refused => refuse(&mut sealing, id, "fencing", &refused),
                 }
             }
             Action::Ask { epoch, nodes } => ask(term, &mut sealing, id, epoch, nodes).await,
@@ -89,7 +89,7 @@ async fn seal(term: &Term, id: ChunkId) -> Result<bool, Gone> {
                         tracing::debug!(chunk = %id, length = %length, replicas = nodes.len(), "sealed");
                         sealing.on(Event::Sealed)
                     }
-                    refused => refuse(&mut sealing, id, "sealing", refused),
+                    refused => refuse(&mut sealing, id, "sealing", &refused),
                 }
             }
             Action::Cut { epoch, length, nodes } => {
@@ -109,7 +109,7 @@ fn refuse(
     sealing: &mut Sealing,
     chunk: ChunkId,
     what: &str,
-    answer: Result<system_answer::Body, dfs_proto::FsError>,
+    answer: &Result<system_answer::Body, dfs_proto::FsError>,
 ) -> Action {
     tracing::debug!(%chunk, ?answer, what, "not carried out");
     sealing.on(Event::Refused)

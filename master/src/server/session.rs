@@ -32,10 +32,10 @@ impl v1::session_server::Session for SessionService {
 
     async fn attach(&self, request: Request<Streaming<ClientFrame>>) -> Result<Response<Frames>, Status> {
         // The stream of answers is the connection itself, so that an answer goes out without another task in between.
-        let start = Stage::Hello(Arc::clone(&self.shared), request.into_inner());
+        let start = Stage::Hello(Arc::clone(&self.shared), Box::new(request.into_inner()));
         let frames = futures::stream::unfold(start, |stage| async move {
             match stage {
-                Stage::Hello(shared, inbound) => hello(shared, inbound).await,
+                Stage::Hello(shared, inbound) => hello(shared, *inbound).await,
                 Stage::Serving(mut connection) => {
                     let frame = connection.next_frame().await?;
                     let over = frame.as_ref().map_or(true, |frame| frame.refusal.is_some());
@@ -49,7 +49,7 @@ impl v1::session_server::Session for SessionService {
 }
 
 enum Stage {
-    Hello(Arc<Shared>, Streaming<ClientFrame>),
+    Hello(Arc<Shared>, Box<Streaming<ClientFrame>>),
     Serving(Box<Connection>),
     Over,
 }
@@ -93,10 +93,8 @@ async fn hello(shared: Arc<Shared>, mut inbound: Streaming<ClientFrame>) -> Opti
     match attach(&shared, hello).await {
         Ok((link, welcome)) => {
             let frame = MasterFrame { welcome: Some(welcome), ..MasterFrame::default() };
-            match Connection::new(link, inbound, rest) {
-                Some(connection) => Some((Ok(frame), Stage::Serving(Box::new(connection)))),
-                None => None,
-            }
+            let connection = Connection::new(link, inbound, rest)?;
+            Some((Ok(frame), Stage::Serving(Box::new(connection))))
         }
         Err(Refusal::Gone(why)) => Some((Ok(gone(why)), Stage::Over)),
         Err(Refusal::Failed(error)) => {

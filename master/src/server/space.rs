@@ -6,7 +6,7 @@
 use super::jobs::Job;
 use super::term::Term;
 use crate::state;
-use dfs_proto::v1::{self, Timestamp, system};
+use dfs_proto::v1::{self, Timestamp, system, system_answer};
 use dfs_proto::{ChunkId, NodeId};
 use std::sync::Arc;
 use std::time::Duration;
@@ -60,13 +60,17 @@ async fn drop_chunks(term: &Term, chunks: &[ChunkId]) -> Result<(), super::Gone>
         }
     }
     let drop = v1::DropChunks { chunks: chunks.iter().map(|chunk| chunk.get()).collect() };
-    if let Err(error) = term.shared.system(system::Op::DropChunks(drop)).await? {
-        tracing::warn!(%error, "idle chunks were not dropped");
-        return Ok(());
-    }
+    // The answer names those that were dropped: a chunk that got a user again in between stays.
+    let dropped = match term.shared.system(system::Op::DropChunks(drop)).await? {
+        Ok(system_answer::Body::Chunks(list)) => list.chunks,
+        Ok(_) => Vec::new(),
+        Err(error) => {
+            tracing::warn!(%error, "idle chunks were not dropped");
+            return Ok(());
+        }
+    };
     for (chunk, node) in replicas {
-        // Applied: what is gone from the state now is gone for good. A chunk that got a user again is still there.
-        if matches!(state::chunk_state(&*kv, chunk), Ok(None)) {
+        if dropped.contains(&chunk.get()) {
             term.jobs.add(Job::Delete { node, chunk }, false);
         }
     }
