@@ -116,7 +116,8 @@ mod tests {
     #[test]
     fn what_a_later_record_hides_is_left_out_and_record_ends_stay_with_their_bytes() {
         let slices = slices(&[record(0, 100, 7, 0), record(40, 20, 7, 100)]);
-        let seen: Vec<_> = slices.iter().map(|s| (s.file_offset, s.length, s.chunk_offset, s.record_end)).collect();
+        let seen: Vec<_> =
+            slices.iter().map(|s| (s.file_offset, s.length, s.chunk_offset, s.record_end)).collect();
         assert_eq!(seen, [(0, 40, 0, 100), (40, 20, 100, 120), (60, 40, 60, 100)]);
     }
 

@@ -6,10 +6,10 @@ use super::commit;
 use super::inode::{Committing, Inode, Record};
 use super::{Action, CommitId, Policy, Settings, WaiterId};
 use bytes::Bytes;
+use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::{COMMIT_SLICES_MAX, FILE_SIZE_MAX};
 use dfs_proto::v1::{self, Attr, Timestamp};
 use dfs_proto::{ChunkId, FsError, FsResult, InodeNo};
-use dfs_proto::error::ErrorCode;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
@@ -378,8 +378,7 @@ impl Core {
         }
         let attr = inode.attr;
         let woken = inode.satisfied();
-        self.actions
-            .extend(woken.into_iter().map(|waiter| Action::Wake { waiter, result: Ok(attr) }));
+        self.actions.extend(woken.into_iter().map(|waiter| Action::Wake { waiter, result: Ok(attr) }));
     }
 
     /// Takes a given-up chunk's records of an inode back into its queue.
@@ -480,14 +479,20 @@ impl Core {
         assert_eq!(used, self.used);
         assert_eq!(self.unacked, self.chunks.values().map(|chunk| chunk.unacked.len()).sum::<usize>());
         for chunk in self.chunks.values() {
-            assert!(chunk.synced <= chunk.acked && chunk.acked <= chunk.end && chunk.end <= chunk.access.capacity);
+            assert!(
+                chunk.synced <= chunk.acked && chunk.acked <= chunk.end && chunk.end <= chunk.access.capacity
+            );
             for (end, ino) in &chunk.records {
                 assert_eq!(records.get(&(chunk.id(), *end)), Some(ino));
             }
         }
         for (policy, pool) in &self.pools {
-            let queued: u64 =
-                self.inodes.values().filter(|inode| inode.policy == *policy).map(|inode| inode.counted_bytes).sum();
+            let queued: u64 = self
+                .inodes
+                .values()
+                .filter(|inode| inode.policy == *policy)
+                .map(|inode| inode.counted_bytes)
+                .sum();
             assert_eq!(queued, pool.queued);
         }
     }

@@ -256,9 +256,8 @@ impl Core {
         match result {
             Ok(chunks) if chunks.iter().any(is_usable) => {
                 pool.refusals = 0;
-                pool.spares.extend(
-                    chunks.into_iter().filter(is_usable).map(|access| Spare { access, since: now }),
-                );
+                pool.spares
+                    .extend(chunks.into_iter().filter(is_usable).map(|access| Spare { access, since: now }));
             }
             Ok(_) => {
                 pool.refusals += 1;
@@ -356,9 +355,8 @@ impl Core {
         self.unacked -= chunk.unacked.len();
         self.sync_wanted.remove(&id);
         // Appends not sent yet would only be refused.
-        self.actions.retain(
-            |action| !matches!(action, Action::Append { request, .. } if request.chunk == id.get()),
-        );
+        self.actions
+            .retain(|action| !matches!(action, Action::Append { request, .. } if request.chunk == id.get()));
         if tell {
             self.seal(id, true, suspects);
         }

@@ -220,7 +220,8 @@ impl Extents {
     pub fn take(&mut self, run: RunNo, from: u64, to: u64) -> Vec<(u64, Bytes)> {
         let mut taken = Vec::new();
         let before = self.pieces.range(..from).next_back();
-        let first = before.filter(|(start, piece)| **start + piece.len() as u64 > from).map(|(start, _)| *start);
+        let first =
+            before.filter(|(start, piece)| **start + piece.len() as u64 > from).map(|(start, _)| *start);
         let starts: Vec<u64> =
             first.into_iter().chain(self.pieces.range(from..to).map(|(start, _)| *start)).collect();
         for start in starts {
@@ -286,7 +287,11 @@ mod tests {
 
     #[derive(Clone, Debug)]
     enum Op {
-        Write { offset: u64, len: usize, byte: u8 },
+        Write {
+            offset: u64,
+            len: usize,
+            byte: u8,
+        },
         CutAll,
         CutFull,
         /// What the nth oldest run's middle part had is committed.

@@ -25,6 +25,7 @@ pub mod chunk;
 pub mod commit;
 pub mod core;
 mod dispatch;
+pub(crate) mod driver;
 pub mod extents;
 pub mod inode;
 #[cfg(test)]

@@ -77,7 +77,7 @@ impl World {
                 Action::Commit { ino, id, commit } => self.commits.push((ino, id, commit)),
                 Action::Alloc { policy, count } => self.allocs.push((policy, count)),
                 Action::Seal { chunk, failed, .. } => {
-                    let chunk = self.chunks.get_mut(&chunk).unwrap();
+                    let chunk = self.chunks.get_mut(&chunk.get()).unwrap();
                     assert!(!chunk.sealed, "sealed once");
                     chunk.sealed = true;
                     chunk.fenced |= failed;
@@ -103,7 +103,10 @@ impl World {
     fn check_flushed(&self, ino: InodeNo, wanted: &[u8]) {
         let committed = &self.committed[&ino];
         assert!(committed.len() >= wanted.len());
-        assert!(wanted.iter().zip(committed).all(|(wanted, have)| have >= wanted), "a flushed byte is missing");
+        assert!(
+            wanted.iter().zip(committed).all(|(wanted, have)| have >= wanted),
+            "a flushed byte is missing"
+        );
     }
 
     fn write(&mut self, ino: u64, offset: u64, len: usize) {
@@ -187,7 +190,10 @@ impl World {
                 let data = &self.chunks[&slice.chunk].data[start..start + slice.length as usize];
                 assert!(slice.record_end >= slice.chunk_offset + slice.length);
                 file.resize(file.len().max(to), 0);
-                assert!(file[from..to].iter().zip(data).all(|(old, new)| old <= new), "an older write came back");
+                assert!(
+                    file[from..to].iter().zip(data).all(|(old, new)| old <= new),
+                    "an older write came back"
+                );
                 file[from..to].copy_from_slice(data);
             }
             Ok(Some(v1::Attr { ino: ino.get(), size: file.len() as u64, ..v1::Attr::default() }))
@@ -355,7 +361,10 @@ fn closing_a_small_file_takes_one_append_and_one_commit() {
     // The next one goes into the same chunk.
     world.write(2, 0, 50);
     world.flush(2);
-    assert_eq!((world.appends[0].chunk, world.appends[0].offset), (world.chunks.keys().copied().min().unwrap(), 100));
+    assert_eq!(
+        (world.appends[0].chunk, world.appends[0].offset),
+        (world.chunks.keys().copied().min().unwrap(), 100)
+    );
     world.settle();
 }
 
