@@ -9,6 +9,7 @@
 //!   takes no appends and reports no sync from then on, until a restart reads what is really there.
 
 use dfs_env::disk::{Disk, DiskFile, OpenMode};
+use dfs_proto::error::ErrorCode;
 use dfs_proto::{FsError, FsResult};
 use std::io;
 use std::path::Path;
@@ -56,6 +57,9 @@ impl Syncs {
                     if upto <= held.synced {
                         // Whoever asked may be gone; nothing is owed to him then.
                         let _ = done.send(Ok(*held));
+                    } else if upto > held.length {
+                        let text = "a seal cut these bytes while their sync was awaited";
+                        let _ = done.send(Err(FsError::new(ErrorCode::ErrorConflict, text)));
                     } else {
                         self.waiting.push((upto, done));
                     }
@@ -172,6 +176,10 @@ mod tests {
         assert!(!syncs.ended(&Ok(Held { length: 40, synced: 40 })));
         assert_eq!(second_done.try_recv().expect("answered").expect("synced").synced, 40);
         assert!(syncs.start());
+        let (cut, mut cut_done) = oneshot::channel();
+        assert!(!syncs.ask(50, cut));
+        assert!(!syncs.ended(&Ok(Held { length: 40, synced: 40 })));
+        assert!(cut_done.try_recv().expect("answered").is_err());
     }
 
     #[test]
@@ -179,7 +187,7 @@ mod tests {
         let mut syncs = Syncs::default();
         let (done, mut answer) = oneshot::channel();
         assert!(syncs.ask(10, done));
-        assert!(!syncs.ended(&Err(FsError::new(dfs_proto::error::ErrorCode::ErrorIo, "gone"))));
+        assert!(!syncs.ended(&Err(FsError::new(ErrorCode::ErrorIo, "gone"))));
         assert!(answer.try_recv().expect("answered").is_err());
     }
 }

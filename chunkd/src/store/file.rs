@@ -12,11 +12,9 @@
 //! Operations that change a chunk come one after the other from its queue (`queue.rs`), so what they read from the
 //! state stays true while they do I/O without holding its lock. Reads and syncs run beside them.
 //!
-//! Crash order: the file header goes out in one write with the first records; a record is acknowledged as durable only
-//! after an fdatasync of the file *and* of the directory that holds its name; a seal first cuts and syncs, then writes
-//! Seal record, footer and header and syncs again. A crash between the two syncs of a seal may lose an Epoch record
-//! that stood behind the cut: harmless, because the master gives seal orders only after it committed the fence, and
-//! commits of the old epoch are refused there.
+//! Crash order: a record is acknowledged as durable only after an fdatasync of the file *and* of the directory that
+//! holds its name. A seal that cuts writes its epoch into the file header and syncs, cuts and syncs; every seal then
+//! writes Seal record, footer and header and syncs once more.
 
 use super::Shared;
 use super::dirs::DataDir;
@@ -129,7 +127,7 @@ impl Chunk {
                 Condition::Sealed => Phase::Sealed,
             };
             if state.phase == Phase::Sealed {
-                (state.synced, state.name_synced) = (found.length, true);
+                state.synced = found.length;
             }
         }
         chunk

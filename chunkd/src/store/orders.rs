@@ -2,7 +2,7 @@
 
 use super::durable::{self, failed};
 use super::file::{Chunk, Phase, State};
-use super::format::{Entry, FILE_HEADER, FileHeader, Record, RecordKind, digest};
+use super::format::{CHUNK_HEADER_AT, Entry, FILE_HEADER, FileHeader, Record, RecordKind, digest};
 use super::recovery;
 use crate::lock;
 use dfs_env::DiskFile;
@@ -77,7 +77,11 @@ impl Chunk {
         let mut state = self.snapshot();
         match state.phase {
             Phase::Absent => return Err(self.error(ErrorCode::ErrorNoChunk, "there is no such chunk here")),
-            Phase::Sealed if state.length == length => return Ok(self.settled()),
+            Phase::Sealed if state.length == length => {
+                // A start may have found the footer in the page cache of a process that was killed before its sync.
+                self.sync()?;
+                return Ok(self.settled());
+            }
             Phase::Sealed => {
                 let text = format_args!("it was sealed at {}, not {length}", state.length);
                 return Err(self.error(ErrorCode::ErrorConflict, text));
@@ -94,15 +98,16 @@ impl Chunk {
         }
         let file = self.open(&state)?;
         if length < state.length || matches!(state.phase, Phase::Damaged { .. }) {
-            self.cut(&mut state, &*file, length)?;
+            self.cut(&mut state, &*file, epoch, length)?;
         }
         self.sync()?;
         self.write_seal(&state, &file, epoch)?;
         Ok(self.settled())
     }
 
-    /// Cuts whole records beyond `length`, durably.
-    fn cut(&self, state: &mut State, file: &dyn DiskFile, length: u64) -> FsResult<()> {
+    /// Cuts whole records beyond `length`, durably. The epoch goes into the file header before, because an Epoch record
+    /// behind the cut is cut too.
+    fn cut(&self, state: &mut State, file: &dyn DiskFile, epoch: Epoch, length: u64) -> FsResult<()> {
         let mut index = lock(&self.index).clone();
         index.truncate(index.partition_point(|entry| entry.end() <= length));
         if index.last().map_or(0, Entry::end) != length {
@@ -118,6 +123,18 @@ impl Chunk {
         let Some((dir, path)) = state.place.clone() else {
             return Err(self.error(ErrorCode::ErrorIo, "it has no place"));
         };
+        let sealed = false;
+        let header = FileHeader {
+            chunk: self.id,
+            epoch,
+            capacity: state.capacity,
+            cluster: self.shared.cluster,
+            sealed,
+        };
+        file.write_all_at(&header.encode(), CHUNK_HEADER_AT)
+            .map_err(|error| failed("writing", &path, error))?;
+        lock(&self.state).epoch = epoch;
+        self.sync()?;
         {
             // Readers find the shorter length before the bytes are gone.
             let mut now = lock(&self.state);

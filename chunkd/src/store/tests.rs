@@ -374,7 +374,12 @@ async fn a_torn_footer_is_written_again() {
     disk.tamper(&path(), |bytes| bytes.truncate(whole.len() - 105));
     let store = open(&disk).await;
     assert!(!store.report()[0].sealed && store.report()[0].length == 200);
-    assert_eq!(add(&store, 1, 200, 10, true).await.expect("open again").length, 210);
+    assert_eq!(
+        code(add(&store, 1, 200, 10, true).await),
+        ErrorCode::ErrorStaleEpoch,
+        "the header has the epoch"
+    );
+    assert_eq!(add(&store, 2, 200, 10, true).await.expect("open again").length, 210);
 }
 
 #[tokio::test]
