@@ -40,6 +40,7 @@ impl LogStore {
         }
     }
 
+    #[expect(clippy::result_large_err, reason = "openraft's own error, which its traits ask for")]
     fn read(&self, from: u64, to: u64, max_bytes: usize) -> Result<Vec<Entry>, StorageError> {
         let found = match self {
             Self::Disk(log) => log.read(from, to, max_bytes),

@@ -33,6 +33,8 @@ const CLOSE_TIME: Duration = Duration::from_secs(20);
 /// Between two attempts to confirm a new leader or to reach the other masters of a new cluster.
 const RETRY: Duration = Duration::from_millis(50);
 const PROBE_EVERY: Duration = Duration::from_millis(200);
+/// A leader that no majority has answered for so long stops saying that it leads: the others have long elected another.
+const MAJORITY_LOST: Duration = Duration::from_secs(3);
 
 /// A running master, as far as consensus goes.
 pub struct Node {
@@ -258,7 +260,7 @@ impl Node {
 }
 
 fn raft_settings(env: &Env, config: &RaftConfig) -> Result<Config, StartError> {
-    if config.peers.get(&config.id).is_none() {
+    if !config.peers.contains_key(&config.id) {
         return Err(StartError::Usage(format!("master {} is not among the peers", config.id)));
     }
     let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
@@ -389,7 +391,11 @@ impl Watcher {
             let leads = seen.state == ServerState::Leader && seen.current_leader == Some(self.id);
             let known = self.leads.borrow().clone();
             if leads && known.leading && known.term == term {
-                // Only the membership has changed.
+                // The membership has changed, or it is time to look after the majority.
+                if self.majority_lost() {
+                    tracing::warn!(term, "no majority of masters answers: this master no longer leads");
+                    self.publish(Leadership { leading: false, term, leader: None });
+                }
             } else if leads {
                 self.publish(Leadership { leading: false, term, leader: None });
                 // Answers when a majority has confirmed this leader and everything before its term is applied.
@@ -412,8 +418,9 @@ impl Watcher {
                 }
                 self.publish(Leadership { leading: false, term, leader });
             }
-            if metrics.changed().await.is_err() {
-                break;
+            match timeout(MAJORITY_LOST / 4, metrics.changed()).await {
+                Ok(Ok(())) | Err(_) => {}
+                Ok(Err(_)) => break,
             }
         }
         self.publish(Leadership::default());
@@ -425,6 +432,12 @@ impl Watcher {
         };
         tracing::error!(%reason, "this master cannot go on and stops");
         self.fails.send_replace(Some(reason));
+    }
+
+    fn majority_lost(&self) -> bool {
+        let silent = self.raft.metrics().borrow().millis_since_quorum_ack;
+        !self.alone.load(Ordering::Acquire)
+            && silent.is_some_and(|ms| Duration::from_millis(ms) > MAJORITY_LOST)
     }
 
     fn publish(&self, leadership: Leadership) {

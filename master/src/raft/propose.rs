@@ -99,7 +99,8 @@ impl Batcher {
                     waiting.push_back(proposal);
                 }
                 match self.pack(&mut waiting, &mut stamps) {
-                    Ok((batch, waiters)) => match self.raft.client_write_ff(batch).await {
+                    Ok(None) => {}
+                    Ok(Some((batch, waiters))) => match self.raft.client_write_ff(batch).await {
                         Ok(result) => under_way.push(Box::pin(deliver(result, waiters))),
                         Err(_) => refuse(waiters, &self.not_leader(false)),
                     },
@@ -117,13 +118,19 @@ impl Batcher {
         NotLeader { leader: self.leadership.borrow().leader.clone(), unknown }
     }
 
-    /// Packs as many waiting commands as an entry holds.
-    fn pack(&self, waiting: &mut VecDeque<Proposal>, stamps: &mut Stamps) -> io::Result<(Payload, Waiters)> {
+    /// Packs as many waiting commands as an entry holds; None when this master does not lead and all were refused.
+    fn pack(
+        &self,
+        waiting: &mut VecDeque<Proposal>,
+        stamps: &mut Stamps,
+    ) -> io::Result<Option<(Payload, Waiters)>> {
         let leadership = self.leadership.borrow().clone();
         if !leadership.leading {
             let refusal = NotLeader { leader: leadership.leader, unknown: false };
             refuse(waiting.drain(..).map(|proposal| proposal.answer), &refusal);
-        } else if stamps.term != leadership.term {
+            return Ok(None);
+        }
+        if stamps.term != leadership.term {
             // All entries of earlier leaders are applied before this one leads: their last stamp is in the state.
             let row = cluster_row(&*self.kv)?;
             stamps.last = row.and_then(|row| row.now).unwrap_or_default();
@@ -144,7 +151,7 @@ impl Batcher {
             waiters.push(proposal.answer);
         }
         let batch = Batch { version: BATCH_VERSION, commands };
-        Ok((Payload(batch.encode_to_vec().into()), waiters))
+        Ok(Some((Payload(batch.encode_to_vec().into()), waiters)))
     }
 }
 

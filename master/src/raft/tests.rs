@@ -248,7 +248,7 @@ async fn snapshots_are_taken_while_commands_run_and_purge_the_log_up_to_the_olde
     fs::remove_dir_all(home.path().join("snapshots")).unwrap();
     match Node::start(Env::real(), settings).await.err() {
         Some(StartError::Failed(line)) => {
-            assert!(line.contains("no readable snapshot") && !line.contains('\n'), "{line}")
+            assert!(line.contains("no readable snapshot") && !line.contains('\n'), "{line}");
         }
         other => panic!("{other:?}"),
     }
@@ -343,10 +343,12 @@ struct Cluster {
     peers: BTreeMap<u64, String>,
     nodes: BTreeMap<u64, (Arc<Node>, tokio::task::JoinHandle<()>)>,
     snapshot_every: u64,
+    /// Simulated storage of each; empty: on disk.
+    storage: BTreeMap<u64, Arc<SimStorage>>,
 }
 
 impl Cluster {
-    async fn start(snapshot_every: u64) -> Self {
+    async fn start(snapshot_every: u64, sim: bool) -> Self {
         // What went on, when a test fails: RUST_LOG=info.
         drop(
             tracing_subscriber::fmt()
@@ -361,7 +363,11 @@ impl Cluster {
             peers.insert(id, listener.address().unwrap());
         }
         let home = tempfile::tempdir().unwrap();
-        let mut cluster = Self { home, peers, nodes: BTreeMap::new(), snapshot_every };
+        let storage = (1..=3)
+            .filter(|_| sim)
+            .map(|id| (id, SimStorage::with_sync_time(Duration::from_millis(1))))
+            .collect();
+        let mut cluster = Self { home, peers, nodes: BTreeMap::new(), snapshot_every, storage };
         for id in 1..=3 {
             cluster.up(id).await;
         }
@@ -374,7 +380,9 @@ impl Cluster {
 
     async fn up(&mut self, id: u64) {
         let env = Env::real();
-        let mut settings = config(id, self.peers.clone(), Storage::Disk, &self.dir(id));
+        let storage =
+            self.storage.get(&id).map_or(Storage::Disk, |storage| Storage::Sim(Arc::clone(storage)));
+        let mut settings = config(id, self.peers.clone(), storage, &self.dir(id));
         settings.snapshot_every_entries = self.snapshot_every;
         // The machine that runs the tests may be busy.
         settings.election = (Duration::from_millis(600), Duration::from_millis(1500));
@@ -442,7 +450,7 @@ impl Cluster {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn three_masters_agree_and_outlive_their_leader() {
-    let mut cluster = Cluster::start(1_000_000).await;
+    let mut cluster = Cluster::start(1_000_000, false).await;
     let first = cluster.leader().await;
     init(&cluster.nodes[&first].0).await;
     cluster.register(1..20).await;
@@ -466,12 +474,14 @@ async fn three_masters_agree_and_outlive_their_leader() {
         cluster.down(id).await;
     }
     assert!(cluster.nodes[&leader].0.confirm().await.is_err());
+    until("it no longer says that it leads", || !cluster.nodes[&leader].0.leadership().borrow().leading)
+        .await;
     cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_follower_that_fell_behind_the_log_is_brought_up_by_a_snapshot() {
-    let mut cluster = Cluster::start(15).await;
+    let mut cluster = Cluster::start(15, false).await;
     let leader = cluster.leader().await;
     init(&cluster.nodes[&leader].0).await;
     cluster.register(1..5).await;
@@ -490,5 +500,20 @@ async fn a_follower_that_fell_behind_the_log_is_brought_up_by_a_snapshot() {
     cluster.down(behind).await;
     cluster.up(behind).await;
     cluster.agree(&(1..90).collect::<Vec<_>>()).await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_masters_on_simulated_storage_agree_after_each_was_restarted() {
+    let mut cluster = Cluster::start(15, true).await;
+    let leader = cluster.leader().await;
+    init(&cluster.nodes[&leader].0).await;
+    for round in 0..3_u64 {
+        cluster.register(round * 10 + 1..round * 10 + 11).await;
+        cluster.down(round + 1).await;
+        cluster.register(round * 10 + 101..round * 10 + 111).await;
+        cluster.up(round + 1).await;
+    }
+    cluster.agree(&(1..31).chain(101..131).collect::<Vec<_>>()).await;
     cluster.stop().await;
 }
