@@ -83,17 +83,20 @@ PY
 up
 kept "a replica with flipped bits"
 
-step "a truncated Raft log tail"
-down
-python3 - "$HOME_DIR" <<'PY'
+step "a Raft log whose last record was cut off"
+for bytes in 1 9 40; do
+    down
+    python3 - "$HOME_DIR" "$bytes" <<'PY'
 import glob, os, sys
-logs = [p for p in glob.glob(sys.argv[1] + "/**/*", recursive=True) if "/master-1/" in p and "/log/" in p and os.path.isfile(p) and os.path.getsize(p) > 0]
+logs = [p for p in glob.glob(sys.argv[1] + "/data/master-1/log/*") if os.path.getsize(p) > 0]
 assert logs, "no Raft log files found"
-last = max(logs, key=os.path.getmtime)
-with open(last, "ab") as f: f.write(os.urandom(37))
-print("damaged", last)
+last = max(logs)
+os.truncate(last, os.path.getsize(last) - int(sys.argv[2]))
 PY
-up
-kept "a torn log tail"
+    up
+    kept "a torn log tail ($bytes bytes)"
+    echo "$bytes" >"$MNT/after-$bytes"
+done
+for bytes in 1 9 40; do [[ $(cat "$MNT/after-$bytes") == "$bytes" ]] || fail "what was written after the repair is gone"; done
 
 step "a client of another protocol version, and a read without a token: see the protocol tests of master and chunkd"
