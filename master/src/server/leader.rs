@@ -2,11 +2,13 @@
 
 use super::term::Term;
 use super::{Gone, Shared, census, sealing, space};
+use crate::raft::Leadership;
 use crate::state;
 use dfs_proto::v1::{self, system};
 use dfs_proto::{InodeNo, SessionId};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 /// How often silent sessions are looked for.
@@ -49,7 +51,8 @@ pub async fn run(shared: Arc<Shared>) {
         }
         let retry = leading && term.is_none();
         let changed = tokio::select! {
-            changed = leadership.changed() => changed.is_ok(),
+            // Only who leads in which term matters; other news of the group must not end a term.
+            changed = wait_for_change(&mut leadership, leading, number) => changed,
             _ = stopping.changed() => true,
             () = tokio::time::sleep(RETRY), if retry => true,
             Some(end) = work.join_next(), if !work.is_empty() => {
@@ -72,6 +75,12 @@ pub async fn run(shared: Arc<Shared>) {
             return;
         }
     }
+}
+
+/// Waits until this master begins or ceases to lead. False: Raft has stopped.
+async fn wait_for_change(leadership: &mut watch::Receiver<Leadership>, leading: bool, number: u64) -> bool {
+    let changed = leadership.wait_for(|now| now.leading != leading || (leading && now.term != number)).await;
+    changed.is_ok()
 }
 
 async fn begin(shared: &Arc<Shared>, number: u64) -> Option<Arc<Term>> {

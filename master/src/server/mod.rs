@@ -32,8 +32,10 @@ pub use term::Term;
 
 use crate::state::Applied;
 
-/// How long a proposal or a confirmation of the server's own may take before the term counts as lost.
+/// How long a confirmation, or the close of a session that said goodbye, may take before its peer is sent elsewhere.
 const RAFT_WAIT: Duration = Duration::from_secs(10);
+/// How long a change of the cluster's own may take: a disk that stalls for a while ends no term.
+const SYSTEM_WAIT: Duration = Duration::from_secs(30);
 /// How long a peer may take to introduce itself.
 const HELLO_WAIT: Duration = Duration::from_secs(10);
 /// How long a peer that asks a fresh leader waits for it to be ready.
@@ -144,7 +146,7 @@ impl Shared {
     async fn system(&self, op: v1::system::Op) -> Result<FsResult<system_answer::Body>, Gone> {
         use v1::command::Body;
         let command = Command { body: Some(Body::System(System { op: Some(op) })), ..Command::default() };
-        let applied = tokio::time::timeout(RAFT_WAIT, self.propose(command)).await;
+        let applied = tokio::time::timeout(SYSTEM_WAIT, self.propose(command)).await;
         let Ok(applied) = applied else { return Err(self.leader()) };
         Ok(match applied? {
             Applied::System(SystemAnswer { body: Some(system_answer::Body::Failure(failure)) }) => {

@@ -13,6 +13,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
 
+/// The most sessions at a time.
+const SESSIONS_MAX: usize = 65_536;
+
 /// A term that this master leads.
 pub struct Term {
     pub shared: Arc<Shared>,
@@ -160,6 +163,10 @@ impl Term {
         client: &str,
         host: &str,
     ) -> Result<FsResult<SessionId>, Gone> {
+        if self.memory().sessions.len() >= SESSIONS_MAX {
+            let text = format!("{SESSIONS_MAX} sessions are open");
+            return Ok(Err(FsError::new(ErrorCode::ErrorBusy, text)));
+        }
         let open = v1::OpenSession { nonce, client: client.to_owned(), host: host.to_owned() };
         let id = match self.shared.system(system::Op::OpenSession(open)).await? {
             Ok(system_answer::Body::Session(id)) => SessionId(id),

@@ -1,0 +1,10 @@
+//! A real master on a real disk and a real port, driven by raw frames: what clients and chunk daemons rely on.
+
+mod chunks;
+mod daemon;
+mod group;
+mod harness;
+mod holds;
+mod program;
+mod sessions;
+mod speed;
