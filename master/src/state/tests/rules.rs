@@ -231,7 +231,7 @@ fn immutable_and_append_only_hold_for_root_too() {
 }
 
 #[test]
-fn a_hundred_thousand_names_are_listed_once_in_stable_pages() {
+fn many_names_are_listed_once_in_stable_pages() {
     let w = World::new();
     let names = 3000;
     for number in 0..names {
