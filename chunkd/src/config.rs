@@ -57,7 +57,7 @@ impl Config {
     fn check(&self) -> Result<(), String> {
         for address in self.masters.iter().chain([&self.listen]).chain(&self.advertise) {
             let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port);
-            if !port.is_some_and(|port| port.parse::<u16>().is_ok()) {
+            if port.is_none_or(|port| port.parse::<u16>().is_err()) {
                 return Err(format!("{address:?} is not host:port"));
             }
         }

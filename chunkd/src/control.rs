@@ -91,7 +91,7 @@ impl Control {
                 }
                 End::Failed(error) => {
                     // The same cause is told once, not each second.
-                    let text = format!("{address}: {error}");
+                    let text = error.during(&address).to_string();
                     if text != told {
                         tracing::warn!("no master yet: {text}");
                         told = text;
@@ -143,9 +143,11 @@ impl Control {
         frames: &Frames,
         outgoing: mpsc::Receiver<v1::NodeFrame>,
     ) -> FsResult<(Streaming<v1::OrderFrame>, v1::OrderFrame)> {
+        // The caller names the address, so it is taken off the error here.
+        let cause = |error: std::io::Error| error.to_string().replacen(&format!("{address}: "), "", 1);
         let channel = rpc::connect(&self.env, address, Tuning::default())
             .await
-            .map_err(|error| FsError::new(ErrorCode::ErrorUnavailable, error.to_string()))?;
+            .map_err(|error| FsError::new(ErrorCode::ErrorUnavailable, cause(error)))?;
         let refused =
             |status: tonic::Status| FsError::new(ErrorCode::ErrorUnavailable, status.message().to_owned());
         send(frames, v1::NodeFrame { hello: Some(self.hello()), ..Default::default() }).await?;

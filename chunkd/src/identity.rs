@@ -202,7 +202,7 @@ impl Terms {
                 Ok(text) => match std::str::from_utf8(&text).map(toml::from_str::<TermFile>) {
                     Ok(Ok(file)) => highest = highest.max(file.term),
                     _ => {
-                        tracing::error!(path = %path.display(), "this file holds no term and is not believed")
+                        tracing::error!(path = %path.display(), "this file holds no term and is not believed");
                     }
                 },
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -70,7 +70,8 @@ impl Daemon {
             .map_err(|error| StartError::Failed(format!("cannot listen on {}: {error}", config.listen)))?;
         let address = config.advertise.unwrap_or(listening);
         let reserve = config.reserve.get();
-        let dirs = Dirs::new(env.clone(), claim.dirs, config.capacity.map(|size| size.get()), reserve);
+        let dirs =
+            Dirs::new(env.clone(), claim.dirs, config.capacity.map(dfs_proto::units::ByteSize::get), reserve);
         let store = Store::open(env.clone(), dirs, &cluster).await;
         let (stop, stopping) = watch::channel(false);
         let context = Arc::new(Context::new(
@@ -85,11 +86,12 @@ impl Daemon {
             .max_decoding_message_size(MESSAGE_MAX)
             .max_encoding_message_size(MESSAGE_MAX);
         let mut stopped = stopping.clone();
-        let serving = rpc::server(Tuning::default())
-            .add_service(service)
-            .serve_with_incoming_shutdown(rpc::incoming(listener), async move {
-                drop(stopped.wait_for(|stopping| *stopping).await)
-            });
+        let serving = rpc::server(Tuning::default()).add_service(service).serve_with_incoming_shutdown(
+            rpc::incoming(listener),
+            async move {
+                drop(stopped.wait_for(|stopping| *stopping).await);
+            },
+        );
         let info = NodeInfo {
             node: claim.node,
             instance: env.random(),

@@ -4,6 +4,7 @@ use clap::Parser;
 use dfs_chunkd::{Config, Daemon, StartError};
 use dfs_env::Env;
 use sd_notify::NotifyState;
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
@@ -27,7 +28,8 @@ fn main() -> ExitCode {
     let options = Options::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
     match run(&options.config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

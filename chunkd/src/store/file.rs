@@ -110,12 +110,12 @@ impl Chunk {
     }
 
     /// A chunk whose file a start found.
-    pub(super) fn found(id: ChunkId, shared: Arc<Shared>, dir: Arc<DataDir>, found: Found) -> Self {
+    pub(super) fn found(id: ChunkId, shared: Arc<Shared>, dir: &Arc<DataDir>, found: Found) -> Self {
         dir.account(found.file_bytes, 0);
         let chunk = Self::absent(id, shared);
         {
             let mut state = lock(&chunk.state);
-            state.place = Some((Arc::clone(&dir), dir.chunk_path(id)));
+            state.place = Some((Arc::clone(dir), dir.chunk_path(id)));
             (state.epoch, state.capacity) = (found.epoch, found.capacity);
             (state.length, state.position, state.file_bytes) =
                 (found.length, found.position, found.file_bytes);

@@ -208,13 +208,13 @@ impl Shared {
         }
         match lock(&self.chunks).entry(id) {
             Entry::Vacant(vacant) => {
-                vacant.insert(Arc::new(Chunk::found(id, Arc::clone(self), Arc::clone(dir), found)));
+                vacant.insert(Arc::new(Chunk::found(id, Arc::clone(self), dir, found)));
             }
             // A chunk is placed once; a second file was copied here by hand. The one with more bytes is the safer one.
             Entry::Occupied(mut there) => {
                 tracing::error!(chunk = %id, dir = %dir.path.display(), "this chunk is in two directories; the longer file is used");
                 if there.get().held().length < found.length {
-                    let chunk = Chunk::found(id, Arc::clone(self), Arc::clone(dir), found);
+                    let chunk = Chunk::found(id, Arc::clone(self), dir, found);
                     there.insert(Arc::new(chunk));
                 }
             }

@@ -98,7 +98,7 @@ pub fn open(disk: &dyn Disk, path: &Path, chunk: ChunkId, cluster: [u8; 16]) -> 
         durable::remove(disk, path)?;
         return Ok(Opened::Nothing);
     }
-    scan.finish(header.ok(), cluster).map(Opened::Chunk)
+    scan.finish(header.as_ref().ok(), cluster).map(Opened::Chunk)
 }
 
 /// A sealed file's trailer, when it is valid.
@@ -250,10 +250,10 @@ impl<'a> Scan<'a> {
         Ok(beyond)
     }
 
-    fn finish(mut self, header: Option<FileHeader>, cluster: [u8; 16]) -> io::Result<Found> {
+    fn finish(mut self, header: Option<&FileHeader>, cluster: [u8; 16]) -> io::Result<Found> {
         let (file, file_len) = (self.window.file, self.window.file_len);
-        let capacity = header.as_ref().map_or(ByteLen(0), |header| header.capacity);
-        let mut epoch = header.as_ref().map_or(self.epoch, |header| header.epoch.max(self.epoch));
+        let capacity = header.map_or(ByteLen(0), |header| header.capacity);
+        let mut epoch = header.map_or(self.epoch, |header| header.epoch.max(self.epoch));
         if self.seal {
             let header = FileHeader { chunk: self.chunk, epoch, capacity, cluster, sealed: true };
             let end = write_footer(file, &header, epoch, self.position, &self.index, self.digest)?;
@@ -272,7 +272,7 @@ impl<'a> Scan<'a> {
                 remark,
             });
         }
-        if let Some(header) = header.as_ref().filter(|header| header.sealed) {
+        if let Some(header) = header.filter(|header| header.sealed) {
             // The crash kept the mark of a seal but not the seal.
             let open = FileHeader { sealed: false, ..header.clone() };
             file.write_all_at(&open.encode(), CHUNK_HEADER_AT)?;
