@@ -298,3 +298,31 @@ async fn a_file_that_was_there_is_opened_with_the_right_to_it() {
     let read_only = client.open(&root(), InodeNo(entry.attr.ino), READ).await.expect("open");
     assert!(client.write(&read_only, 0, b"x").await.is_err());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_chunk_daemon_is_a_pause() {
+    for chunk_size in [64, 4 << 20] {
+        let mut cluster = Cluster::start(Shape { chunkds: 3, chunk_size, ..Shape::default() }).await;
+        let client = cluster.client().await;
+        let data = pattern(if chunk_size == 64 { 4_000 } else { 24 << 20 });
+        let file = create(&client, "f").await;
+        let half = data.len() / 2;
+        write(&client, &file, 0, &data[..half]).await;
+        client.fsync(file.ino).await.expect("durable");
+        let writing = {
+            let (client, file, rest) = (client.clone(), Arc::clone(&file), data[half..].to_vec());
+            tokio::spawn(async move {
+                for (at, part) in rest.chunks(rest.len() / 20).enumerate() {
+                    write(&client, &file, (half + at * (rest.len() / 20)) as u64, part).await;
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                client.flush(&file).await.expect("durable");
+            })
+        };
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        cluster.chunkds[0].take().expect("it runs").shutdown().await;
+        writing.await.expect("no error was seen");
+        assert!(read(&client, &file).await == data, "with chunks of {chunk_size}");
+        assert!(read_afresh(&cluster, "f").await == data, "with chunks of {chunk_size}");
+    }
+}

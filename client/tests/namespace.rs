@@ -298,3 +298,15 @@ async fn losing_the_leader_of_three_is_a_pause() {
     assert_eq!(names(&client, ROOT).await.len(), 400);
     assert_ne!(cluster.leader(&client), leader);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_without_a_master_ends_all_the_same() {
+    let mut cluster = Cluster::start(Shape::default()).await;
+    let client = cluster.client().await;
+    make(&client, ROOT, "f", v1::Kind::File).await;
+    cluster.stop_master(1).await;
+    let before = std::time::Instant::now();
+    client.shutdown().await.expect("nothing was left to write");
+    assert!(before.elapsed() < Duration::from_secs(4), "{:?}", before.elapsed());
+    assert!(client.getattr(ROOT).await.is_err());
+}

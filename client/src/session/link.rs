@@ -162,9 +162,8 @@ async fn serve(shared: &Arc<Shared>, mut stream: Streaming<MasterFrame>) -> End 
                         return lost("the master lost the lead".to_owned());
                     }
                 }
-                Ok(None) if shared.goodbye_sent() => return End::Closed,
+                Ok(None) | Err(_) if shared.goodbye_sent() => return End::Closed,
                 Ok(None) => return lost("the master closed the stream".to_owned()),
-                Err(_) if shared.goodbye_sent() => return End::Closed,
                 Err(status) => return lost(describe(&status)),
             },
             _ = tick.tick() => {

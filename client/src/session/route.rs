@@ -115,14 +115,12 @@ impl Route {
             Tried::NotLeader(_) => true,
             Tried::Failed(_) => self.had_session,
         };
-        if tried.len() < self.masters.len()
-            || tried.iter().any(|t| open(t))
-            || !tried.iter().any(|t| refused(t))
-        {
+        if tried.len() < self.masters.len() || tried.iter().any(open) || !tried.iter().any(refused) {
             return None;
         }
         self.tried.iter().find_map(|(address, tried)| match tried {
-            Tried::Refused(error) => Some(error.clone().during(address)),
+            Tried::Refused(error) if error.message.is_empty() => Some(error.clone().during(address)),
+            Tried::Refused(error) => Some(FsError::new(error.code, format!("{address}: {}", error.message))),
             _ => None,
         })
     }
@@ -195,7 +193,7 @@ mod tests {
         first.failed("b:1", "Connection refused".into());
         first.failed("c:1", "Connection refused".into());
         let error = first.hopeless().expect("hopeless");
-        assert_eq!(error.to_string(), "a:1: protocol 1, this cluster speaks 2 (version) (version)");
+        assert_eq!(error.to_string(), "a:1: protocol 1, this cluster speaks 2 (version)");
         first.refused("c:1", not_leader(), None);
         assert!(first.hopeless().is_none());
         let mut later = route();

@@ -78,7 +78,7 @@ impl Client {
         if file.flags.append || file.flags.sync || self.inner.loses_privileges(file) {
             return None;
         }
-        if let Err(error) = check_end(offset, data.len() as u64) {
+        if let Err(error) = check_writable(file).and_then(|()| check_end(offset, data.len() as u64)) {
             return Some(Err(error));
         }
         self.inner.mark_written(file);
@@ -103,7 +103,12 @@ impl Client {
     /// As [`Client::write`].
     pub async fn append(&self, file: &OpenFile, data: &[u8]) -> FsResult<u64> {
         let _one_at_a_time = file.state.append.lock().await;
-        let offset = self.inner.attr_now(file.ino).await?.size;
+        // Without bytes of this client's own at the end, what is known may be older than another client's append.
+        let attr = match self.inner.data.dirty(file.ino) {
+            Some(_) => self.inner.attr_now(file.ino).await?,
+            None => self.inner.ask_attr(file.ino, 0).await?,
+        };
+        let offset = attr.size;
         self.inner.write_at(file, offset, data).await?;
         Ok(offset)
     }
@@ -160,10 +165,8 @@ impl Client {
 
 impl Inner {
     async fn write_at(&self, file: &OpenFile, offset: u64, data: &[u8]) -> FsResult<()> {
+        check_writable(file)?;
         check_end(offset, data.len() as u64)?;
-        if !(file.flags.write || file.flags.append) {
-            return Err(FsError::new(ErrorCode::ErrorAccess, "the file is not open for writing"));
-        }
         let privileges = self.loses_privileges(file);
         self.mark_written(file);
         if privileges {
@@ -190,4 +193,11 @@ impl Inner {
             self.data.kill_priv(file.ino);
         }
     }
+}
+
+fn check_writable(file: &OpenFile) -> FsResult<()> {
+    if file.flags.write || file.flags.append {
+        return Ok(());
+    }
+    Err(FsError::new(ErrorCode::ErrorAccess, "the file is not open for writing"))
 }

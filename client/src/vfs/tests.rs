@@ -1,1 +1,0 @@
-//! Client operations against an in-memory master and data plane.
