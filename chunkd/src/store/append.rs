@@ -272,6 +272,11 @@ impl Chunk {
                 Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {
                     return Err(failed("creating", &path, error));
                 }
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                    let text =
+                        format_args!("{} is in its place and was not usable at the start", path.display());
+                    return Err(self.error(ErrorCode::ErrorIo, text));
+                }
                 // This directory is out of use from here on, so the loop ends with the last directory.
                 Err(error) => dir.fail(&failed("creating", &path, error)),
             }

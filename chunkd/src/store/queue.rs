@@ -13,8 +13,8 @@ use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::{UNSYNCED_BYTES, WRITE_BATCH_BYTES, WRITE_BATCH_RECORDS, WRITE_INLINE_BYTES};
 use dfs_proto::{Epoch, FsError, FsResult};
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use tokio::sync::oneshot;
 
 /// Where the answer to an append goes.
@@ -49,6 +49,19 @@ enum Work {
     Order(ChunkOrder, oneshot::Sender<FsResult<Settled>>),
 }
 
+/// A runner that panicked leaves a chunk that can be used on: those who wait are told by their dropped senders.
+struct RunnerGuard<'a>(&'a Mutex<Jobs>);
+
+impl Drop for RunnerGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let mut jobs = lock(self.0);
+            jobs.running = false;
+            jobs.waiting.clear();
+        }
+    }
+}
+
 impl Chunk {
     /// Adds a job. Gives it back when the chunk has left the store.
     pub(super) fn add(self: &Arc<Self>, job: Job) -> Result<(), Job> {
@@ -64,6 +77,7 @@ impl Chunk {
     }
 
     async fn run(self: Arc<Self>) {
+        let _guard = RunnerGuard(&self.jobs);
         while let Some(work) = self.next_work() {
             match work {
                 Work::Append(records, answers) => self.run_appends(records, answers).await,

@@ -31,6 +31,21 @@ pub struct Faults {
     pub write_below: Mutex<Option<(PathBuf, io::ErrorKind)>>,
     pub sync: AtomicBool,
     pub syncs: AtomicU64,
+    /// How many more changes the machine lives to make.
+    pub changes_left: Mutex<Option<u64>>,
+}
+
+impl Faults {
+    fn change(&self) -> io::Result<()> {
+        match &mut *lock(&self.changes_left) {
+            None => Ok(()),
+            Some(0) => Err(io::Error::other("the machine is off")),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+        }
+    }
 }
 
 #[derive(Clone, Default)]
@@ -42,6 +57,7 @@ pub struct TestDisk {
 impl TestDisk {
     /// The power goes. `keep` decides of each unsynced sector, and of each unsynced file length, whether it stays.
     pub fn cut_power(&self, mut keep: impl FnMut() -> bool) {
+        *lock(&self.faults.changes_left) = None;
         let mut names = lock(&self.names);
         names.live = names.durable.clone();
         for file in names.live.values() {
@@ -101,9 +117,11 @@ impl Disk for TestDisk {
         Ok(())
     }
     fn remove(&self, path: &Path) -> io::Result<()> {
+        self.faults.change()?;
         lock(&self.names).live.remove(path).map(|_| ()).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.faults.change()?;
         let mut names = lock(&self.names);
         let Names { live, durable } = &mut *names;
         durable.retain(|name, _| name.parent() != Some(path));
@@ -131,6 +149,7 @@ impl DiskFile for TestFile {
         Ok(length)
     }
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.faults.change()?;
         let start = usize::try_from(offset).map_err(io::Error::other)?;
         let mut content = lock(&self.content);
         let fault = lock(&self.faults.write_below).clone().filter(|(below, _)| self.path.starts_with(below));
@@ -150,10 +169,12 @@ impl DiskFile for TestFile {
         Ok(lock(&self.content).live.len() as u64)
     }
     fn set_len(&self, length: u64) -> io::Result<()> {
+        self.faults.change()?;
         lock(&self.content).live.resize(usize::try_from(length).map_err(io::Error::other)?, 0);
         Ok(())
     }
     fn sync_data(&self) -> io::Result<()> {
+        self.faults.change()?;
         self.faults.syncs.fetch_add(1, Ordering::Relaxed);
         if self.faults.sync.load(Ordering::Relaxed) {
             return Err(io::Error::other("the medium is worn out"));

@@ -404,6 +404,11 @@ async fn what_is_no_chunk_file_of_ours_is_left_alone() {
     let store = open(&disk).await;
     assert_eq!(store.report().iter().map(|found| found.chunk).collect::<Vec<_>>(), [ID.get()]);
     assert_eq!(disk.files().len(), 4);
+    // Nor is it overwritten, and it is no fault of the directory.
+    let taken = store.append(ChunkId(1), record(1, 0, payload(0, 10)), false).await;
+    assert_eq!(code(taken), ErrorCode::ErrorIo);
+    assert!(!store.0.dirs.report()[0].failed);
+    assert_eq!(disk.content(&dir.chunk_path(ChunkId(1))), Some(bytes.clone()));
     // A file that was being created when the power went holds nothing and goes.
     let torn = dir.chunk_path(ChunkId(3));
     disk.open(&torn, dfs_env::disk::OpenMode::CreateNew)
@@ -530,6 +535,55 @@ proptest! {
                 let length = store.order(ID, seal).await.expect("sealed").length;
                 assert_eq!(length, synced);
                 assert_eq!(open(&disk).await.report()[0].length, synced);
+            }
+        });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn a_power_cut_inside_any_operation_takes_back_nothing_that_was_answered(
+        lengths in proptest::collection::vec(prop_oneof![1_usize..50, 500_usize..3_000], 1..6),
+        committed: proptest::sample::Index,
+        changes in 0_u64..40,
+        keep in proptest::collection::vec(any::<bool>(), 1..200),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("runtime");
+        runtime.block_on(async {
+            let disk = TestDisk::default();
+            let store = open(&disk).await;
+            *lock(&disk.faults.changes_left) = Some(changes);
+            // The client: every record is synced, some are committed. Then the chunk is fenced and sealed there.
+            let committed = entries(&lengths)[committed.index(lengths.len())].end();
+            let (mut synced, mut end) = (0, 0);
+            for length in &lengths {
+                if let Ok(held) = add(&store, 1, end, *length, true).await {
+                    (synced, end) = (held.synced, held.length);
+                }
+            }
+            let fenced = store.order(ID, ChunkOrder::Fence(Epoch(2))).await.is_ok();
+            let seal = ChunkOrder::Seal { epoch: Epoch(2), length: committed };
+            // The master orders a seal only after fences were answered.
+            let sealed = fenced && store.order(ID, seal).await.is_ok();
+            let mut bits = keep.iter().cycle();
+            disk.cut_power(|| *bits.next().expect("a cycle"));
+            let store = open(&disk).await;
+            let found = store.report().first().copied().unwrap_or_default();
+            assert!(found.length >= synced.min(if fenced { committed } else { u64::MAX }), "{found:?}");
+            assert!(!found.damaged && (!fenced || found.epoch >= 2), "{found:?}");
+            assert!(!sealed || (found.sealed && found.length == committed), "{found:?}");
+            if fenced {
+                assert_eq!(code(add(&store, 1, found.length, 10, false).await), ErrorCode::ErrorStaleEpoch);
+                if found.length >= committed {
+                    assert_eq!(store.order(ID, seal).await.expect("sealed").length, committed);
+                    let expected = bytes_of(&lengths);
+                    for store in [&store, &open(&disk).await] {
+                        let read = read(store, 0, usize::try_from(committed).expect("small")).await.expect("read");
+                        assert!(read[..] == expected[..read.len()]);
+                    }
+                }
             }
         });
     }
