@@ -20,7 +20,7 @@ Options of -o (separated by commas):
   operation_timeout=SECS   how long an operation waits for the cluster before it fails (60); 0 or 'hard': for ever
   suid, dev, exec, sync, dirsync and their opposites, and what fstab adds (_netdev, nofail, x-…)
 
-SOURCE may name the masters and the directory: HOST:PORT,HOST:PORT:/PATH; 'dfs' stands for what the settings say.
+SOURCE may name the masters and the directory: HOST:PORT,HOST:PORT:/PATH; any other name says nothing.
 In fstab:  dfs  /mnt/dfs  fuse.dfs  _netdev,noatime  0 0
 
 Exit status: 0 the mount is usable; 1 it failed; 2 the input makes no sense. Either way one line says why.";
@@ -211,7 +211,7 @@ mod tests {
             ("dfs-mount a b c", "unexpected"),
             ("dfs-mount --colour m", "--colour"),
             ("dfs-mount -o colour m", "unknown option 'colour'"),
-            ("dfs-mount server m", "'server' is not a source"),
+            ("dfs-mount :/a m", "':/a' is not a source"),
             ("dfs-mount --unmount a b", "one mount point"),
         ] {
             let failure = parsed(line).expect_err(line);

@@ -25,6 +25,7 @@ use cli::{MountWish, Wish};
 use daemon::{Role, Starter};
 use dfs_env::Env;
 use fail::Failure;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Mutex;
 use tracing_subscriber::EnvFilter;
@@ -79,6 +80,8 @@ fn log_filter(wish: &MountWish) -> Result<EnvFilter, Failure> {
         Some(text) => text.clone(),
         None => std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()),
     };
+    // The FUSE library warns that it cannot unmount what umount(8) has just unmounted.
+    let text = if matches!(text.as_str(), "info" | "warn") { format!("{text},fuser=error") } else { text };
     EnvFilter::try_new(&text).map_err(|error| Failure::usage(format!("--log '{text}': {error}")))
 }
 
@@ -94,7 +97,9 @@ fn start_logging(wish: &MountWish, filter: EnvFilter) -> Result<(), Failure> {
                 .map_err(|error| Failure::operation(format!("log file {}: {error}", path.display())))?;
             log.with_ansi(false).with_writer(Mutex::new(file)).init();
         }
-        None if wish.foreground => log.with_writer(std::io::stderr).init(),
+        None if wish.foreground => {
+            log.with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).init()
+        }
         None => log.with_writer(std::io::sink).init(),
     }
     // A panic ends one request, not the mount; it must be seen.

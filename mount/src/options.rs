@@ -143,20 +143,20 @@ impl Options {
         Ok(())
     }
 
-    /// What the SOURCE of mount(8) says: `dfs` or `none` for nothing, else `[dfs#]HOST:PORT[,HOST:PORT…][:/SUBDIR]`.
+    /// What the SOURCE of mount(8) says: `[dfs#]HOST:PORT[,HOST:PORT…][:/SUBDIR]`; any other name says nothing.
     ///
     /// # Errors
-    /// One line when it is none of these.
+    /// One line about a directory that makes no sense.
     pub fn add_source(&mut self, source: &str) -> Result<(), String> {
         let place = source.strip_prefix("dfs#").unwrap_or(source);
-        if matches!(place, "" | "dfs" | "none") {
+        if !place.contains(':') {
             return Ok(());
         }
         let (masters, subdir) = match place.find(":/") {
             Some(at) => (&place[..at], Some(&place[at + 1..])),
             None => (place, None),
         };
-        if !masters.contains(':') {
+        if masters.is_empty() {
             return Err(format!("'{source}' is not a source like HOST:PORT,HOST:PORT:/SUBDIR"));
         }
         if self.masters.is_none() {
@@ -248,6 +248,7 @@ mod tests {
         assert_eq!(read("h:1", ""), Ok((text("h:1"), None)));
         assert_eq!(read("dfs#h:1,i:2:/a", ""), Ok((text("h:1,i:2"), text("/a"))));
         assert_eq!(read("h:1:/a", "masters=j:3,subdir=/b"), Ok((text("j:3"), text("/b"))));
-        assert!(read("server", "").is_err());
+        assert_eq!(read("storage", ""), Ok((None, None)));
+        assert!(read(":/a", "").is_err());
     }
 }

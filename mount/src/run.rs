@@ -36,7 +36,8 @@ const KERNEL_FLUSH: Duration = Duration::from_secs(30);
 pub fn settings(env: &Env, options: &Options, place: &Path) -> Result<ClientConfig, Failure> {
     let file = options.config.as_deref();
     let loaded = match &options.masters {
-        Some(masters) => dfs_client::settings::load_with(env, file, Some(masters)),
+        Some(masters) => dfs_client::settings::parse_masters(masters, "masters")
+            .and_then(|_| dfs_client::settings::load_with(env, file, Some(masters))),
         None => dfs_client::settings::load(env, file),
     };
     let mut config = loaded.map_err(Failure::usage)?;

@@ -72,8 +72,14 @@ pub fn time_change(time: Option<TimeOrNow>) -> (Option<Timestamp>, bool) {
     }
 }
 
+/// The FUSE library reads a time before 1970 as if its nanoseconds counted backwards, as its seconds do
+/// (fuser 0.18, `system_time_from_time`): that is undone here.
 fn stamp(time: SystemTime) -> Timestamp {
-    Timestamp::from_system(time)
+    let stamp = Timestamp::from_system(time);
+    if stamp.seconds < 0 && stamp.nanos > 0 {
+        return Timestamp { seconds: stamp.seconds + 1, nanos: 1_000_000_000 - stamp.nanos };
+    }
+    stamp
 }
 
 /// How a file is opened. Appending is not the client's business here: the kernel writes back shared pages through the
@@ -141,6 +147,17 @@ mod tests {
         let flags = open_flags(libc::O_WRONLY);
         assert!(!flags.read && flags.write && !flags.sync && !flags.truncate);
         assert!(open_flags(FMODE_EXEC).exec && open_flags(libc::O_RDONLY).read);
+    }
+
+    #[test]
+    fn times_before_1970_arrive_as_they_were_sent() {
+        let as_fuser_reads =
+            |seconds: u64, nanos| SystemTime::UNIX_EPOCH - std::time::Duration::new(seconds, nanos);
+        assert_eq!(stamp(as_fuser_reads(10, 500)), Timestamp { seconds: -10, nanos: 500 });
+        assert_eq!(stamp(as_fuser_reads(1, 999_999_999)), Timestamp { seconds: -1, nanos: 999_999_999 });
+        assert_eq!(stamp(as_fuser_reads(10, 0)), Timestamp { seconds: -10, nanos: 0 });
+        let later = SystemTime::UNIX_EPOCH + std::time::Duration::new(5_000_000_000, 7);
+        assert_eq!(stamp(later), Timestamp { seconds: 5_000_000_000, nanos: 7 });
     }
 
     #[test]
