@@ -1,6 +1,7 @@
 //! Whose data directory it is: a lock against a second process, and the file `IDENTITY` against a mix-up.
 
 use super::StartError;
+use super::joining::Joining;
 use super::sled_kv::replace_file;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -19,11 +20,12 @@ struct Identity {
 const FORMAT: u32 = 1;
 const ROLE: &str = "master";
 
-/// Takes a data directory, made when missing, for one master of one cluster. It stays locked while the file lives.
+/// Takes a data directory, made when missing, for one master of one cluster. It stays locked while the file lives. A new
+/// one is noted as that of a joining master when there are others to join.
 ///
 /// # Errors
 /// `Usage` when it belongs to somebody else, `Failed` when another process uses it or it cannot be worked with.
-pub fn claim(dir: &Path, cluster: &str, node: u64) -> Result<fs::File, StartError> {
+pub fn claim(dir: &Path, cluster: &str, node: u64, others: bool) -> Result<fs::File, StartError> {
     let failed =
         |what: &str, error: io::Error| StartError::Failed(format!("{what} {}: {error}", dir.display()));
     fs::create_dir_all(dir).map_err(|error| failed("cannot make the data directory", error))?;
@@ -48,6 +50,9 @@ pub fn claim(dir: &Path, cluster: &str, node: u64) -> Result<fs::File, StartErro
                     "data directory {}: it has no IDENTITY but holds {name}: refusing to use it",
                     dir.display()
                 )));
+            }
+            if others {
+                Joining::begin(dir).map_err(|error| failed("cannot write to the data directory", error))?;
             }
             let identity =
                 Identity { format: FORMAT, cluster: cluster.to_owned(), node, role: ROLE.to_owned() };
@@ -80,7 +85,7 @@ fn check(text: &str, cluster: &str, node: u64) -> Result<(), String> {
 fn foreign(dir: &Path) -> io::Result<Option<String>> {
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name();
-        if name != "LOCK" && name != "lost+found" && name != "IDENTITY.tmp" {
+        if name != "LOCK" && name != "lost+found" && name != "IDENTITY.tmp" && !Joining::is_note(&name) {
             return Ok(Some(name.to_string_lossy().into_owned()));
         }
     }
@@ -102,24 +107,24 @@ mod tests {
     fn a_directory_is_for_one_master_of_one_cluster_and_one_process() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("a/b");
-        let lock = claim(&dir, "c1", 1).unwrap();
-        let busy = claim(&dir, "c1", 1);
+        let lock = claim(&dir, "c1", 1, false).unwrap();
+        let busy = claim(&dir, "c1", 1, false);
         assert!(matches!(busy, Err(StartError::Failed(line)) if line.contains("in use by another process")));
         drop(lock);
-        drop(claim(&dir, "c1", 1).unwrap());
-        assert!(usage(claim(&dir, "c2", 1)).contains("belongs to cluster c1"));
-        assert!(usage(claim(&dir, "c1", 2)).contains("belongs to master 1"));
+        drop(claim(&dir, "c1", 1, false).unwrap());
+        assert!(usage(claim(&dir, "c2", 1, false)).contains("belongs to cluster c1"));
+        assert!(usage(claim(&dir, "c1", 2, false)).contains("belongs to master 1"));
         let text = fs::read_to_string(dir.join("IDENTITY")).unwrap();
         fs::write(dir.join("IDENTITY"), text.replace("master", "chunkd")).unwrap();
-        assert!(usage(claim(&dir, "c1", 1)).contains("belongs to a chunkd"));
+        assert!(usage(claim(&dir, "c1", 1, false)).contains("belongs to a chunkd"));
         fs::write(dir.join("IDENTITY"), "format = ").unwrap();
-        assert!(usage(claim(&dir, "c1", 1)).contains("damaged"));
+        assert!(usage(claim(&dir, "c1", 1, false)).contains("damaged"));
     }
 
     #[test]
     fn a_directory_with_other_things_in_it_is_refused() {
         let home = tempfile::tempdir().unwrap();
         fs::write(home.path().join("thesis.txt"), "").unwrap();
-        assert!(usage(claim(home.path(), "c1", 1)).contains("thesis.txt"));
+        assert!(usage(claim(home.path(), "c1", 1, false)).contains("thesis.txt"));
     }
 }

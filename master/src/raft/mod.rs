@@ -10,6 +10,7 @@ mod confirm;
 mod disk_log;
 mod export;
 mod identity;
+mod joining;
 mod log;
 mod network;
 mod node;

@@ -377,7 +377,11 @@ fn stopped(error: impl std::fmt::Display) -> io::Error {
 ///
 /// # Errors
 /// `NotConnected` when Raft has stopped; another when the message is malformed.
-pub async fn dispatch(raft: &Raft, body: Option<Body>) -> io::Result<Body> {
+pub async fn dispatch(
+    raft: &Raft,
+    shared: &Arc<super::store::Shared>,
+    body: Option<Body>,
+) -> io::Result<Body> {
     match body {
         Some(Body::Append(row)) => {
             let request = AppendEntriesRequest {
@@ -386,6 +390,7 @@ pub async fn dispatch(raft: &Raft, body: Option<Body>) -> io::Result<Body> {
                 leader_commit: codec::log_id(row.commit.as_ref()),
                 entries: row.entries.into_iter().map(TryInto::try_into).collect::<io::Result<_>>()?,
             };
+            let (vote, commit) = (request.vote, request.leader_commit);
             let mut answer = codec::AppendedRow::default();
             match raft.append_entries(request).await.map_err(stopped)? {
                 AppendEntriesResponse::Success => answer.success = true,
@@ -396,10 +401,20 @@ pub async fn dispatch(raft: &Raft, body: Option<Body>) -> io::Result<Body> {
                 AppendEntriesResponse::Conflict => {}
                 AppendEntriesResponse::HigherVote(vote) => answer.higher = Some((&vote).into()),
             }
+            let heard = shared.joining.active() && answer.higher.is_none();
+            if heard && shared.joining.caught_up(&vote, commit.as_ref(), shared.applied().0.as_ref()) {
+                super::node::end_joining(raft, shared).await?;
+                tracing::info!("caught up with the other masters: this one votes from now on");
+            }
             Ok(Body::Appended(answer))
         }
         Some(Body::Vote(row)) => {
             let last: Option<LogId> = codec::log_id(row.last.as_ref());
+            if !shared.joining.may_vote(last.as_ref()) {
+                return Err(io::Error::other(
+                    "this master is new here and does not vote before it has caught up",
+                ));
+            }
             let request = VoteRequest::new(codec::vote(row.vote.as_ref())?, last);
             let answer = raft.vote(request).await.map_err(stopped)?;
             Ok(Body::Voted(codec::VotedRow {

@@ -65,16 +65,19 @@ impl Node {
     pub async fn start(env: Env, config: RaftConfig) -> Result<Arc<Self>, StartError> {
         let settings = Arc::new(raft_settings(&env, &config)?);
         let opened = open(&env, &config).await?;
-        let Opened { log, store, snapshots, lock } = opened;
+        let Opened { log, store, snapshots, joining, lock } = opened;
         let auth = Auth { id: config.id, cluster: config.cluster_id.clone(), key: config.key.clone() };
         let failed = |error: &dyn std::fmt::Display| StartError::Failed(error.to_string().replace('\n', " "));
-        let shared = Shared::new(env.clone(), config.cluster_id.clone(), store, snapshots);
+        let shared = Shared::new(env.clone(), config.cluster_id.clone(), store, snapshots, joining);
         let shared = Arc::new(shared.map_err(|error| failed(&error))?);
         snapshot_what_the_log_lacks(&log, &shared).await.map_err(|error| failed(&error))?;
         let network = Network::new(env.clone(), auth.clone(), config.peers.clone());
         let machine = StateMachine(Arc::clone(&shared));
         let raft = Raft::new(config.id, settings, network.clone(), log.clone(), machine).await;
         let raft = raft.map_err(|error| failed(&error))?;
+        if shared.joining.active() {
+            raft.runtime_config().elect(false);
+        }
 
         let (proposals, proposed) = mpsc::channel(PROPOSALS_MAX);
         let (readers, reading) = mpsc::channel(confirm::READERS_MAX);
@@ -102,7 +105,13 @@ impl Node {
             tokio::spawn(batcher.run()),
             tokio::spawn(confirm::run(raft.clone(), leadership.clone(), reading)),
             tokio::spawn(purge(raft.clone(), shared.purges())),
-            tokio::spawn(form_cluster(raft.clone(), network.clone(), config.id, config.peers)),
+            tokio::spawn(form_cluster(
+                raft.clone(),
+                network.clone(),
+                Arc::clone(&shared),
+                config.id,
+                config.peers,
+            )),
         ];
         Ok(Arc::new(Self {
             id: config.id,
@@ -285,11 +294,13 @@ fn raft_settings(env: &Env, config: &RaftConfig) -> Result<Config, StartError> {
 
 async fn open(env: &Env, config: &RaftConfig) -> Result<Opened, StartError> {
     match &config.storage {
-        Storage::Sim(storage) => recover::open_sim(storage, &config.cluster_id, config.id),
+        Storage::Sim(storage) => {
+            recover::open_sim(storage, &config.cluster_id, config.id, config.peers.len() > 1)
+        }
         Storage::Disk => {
             let (dir, cluster) = (config.dir.clone(), config.cluster_id.clone());
-            let (id, cache) = (config.id, config.state_cache_bytes);
-            env.blocking(move || Ok(recover::open_disk(&dir, &cluster, id, cache)))
+            let (id, others, cache) = (config.id, config.peers.len() > 1, config.state_cache_bytes);
+            env.blocking(move || Ok(recover::open_disk(&dir, &cluster, id, others, cache)))
                 .await
                 .unwrap_or_else(|error| Err(StartError::Failed(error.to_string())))
         }
@@ -326,9 +337,28 @@ async fn purge(raft: Raft, mut upto: watch::Receiver<Option<u64>>) {
     }
 }
 
+/// Lets this master vote and lead from now on.
+///
+/// # Errors
+/// When that cannot be noted durably.
+pub async fn end_joining(raft: &Raft, shared: &Arc<Shared>) -> std::io::Result<()> {
+    if shared.joining.active() {
+        let joining = Arc::clone(shared);
+        shared.env.blocking(move || joining.joining.end()).await?;
+        raft.runtime_config().elect(true);
+    }
+    Ok(())
+}
+
 /// Makes a cluster where there is none: a single master at once; of several, the one with the lowest number, once it has
 /// heard from all others that they have none either.
-async fn form_cluster(raft: Raft, network: Network, id: u64, peers: BTreeMap<u64, String>) {
+async fn form_cluster(
+    raft: Raft,
+    network: Network,
+    shared: Arc<Shared>,
+    id: u64,
+    peers: BTreeMap<u64, String>,
+) {
     if peers.keys().next() != Some(&id) {
         return;
     }
@@ -353,6 +383,10 @@ async fn form_cluster(raft: Raft, network: Network, id: u64, peers: BTreeMap<u64
             }
         }
         if all_empty {
+            if let Err(error) = end_joining(&raft, &shared).await {
+                tracing::error!(%error, "cannot form a cluster");
+                return;
+            }
             let members: BTreeMap<u64, BasicNode> =
                 peers.iter().map(|(id, address)| (*id, BasicNode::new(address))).collect();
             match raft.initialize(members).await {

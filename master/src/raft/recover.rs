@@ -4,6 +4,7 @@
 //! point where the log begins, and is not older than the newest snapshot; else it is built again.
 
 use super::disk_log::DiskLog;
+use super::joining::Joining;
 use super::log::LogStore;
 use super::sim::{SimLog, SimStorage};
 use super::sled_kv::SledKv;
@@ -20,6 +21,7 @@ pub struct Opened {
     pub log: LogStore,
     pub store: Arc<Store>,
     pub snapshots: Snapshots,
+    pub joining: Joining,
     /// Keeps other processes out; None in the simulator.
     pub lock: Option<fs::File>,
 }
@@ -32,32 +34,45 @@ fn failed(dir: &Path) -> impl Fn(io::Error) -> StartError {
     }
 }
 
-/// Opens a data directory. Blocks.
+/// Opens a data directory; `others`: the cluster has more masters than this one. Blocks.
 ///
 /// # Errors
 /// When it is somebody else's, in use, or damaged beyond what log and snapshots can repair.
-pub fn open_disk(dir: &Path, cluster: &str, node: u64, cache_bytes: u64) -> Result<Opened, StartError> {
-    let lock = Some(identity::claim(dir, cluster, node)?);
+pub fn open_disk(
+    dir: &Path,
+    cluster: &str,
+    node: u64,
+    others: bool,
+    cache_bytes: u64,
+) -> Result<Opened, StartError> {
+    let lock = Some(identity::claim(dir, cluster, node, others)?);
     let failed = failed(dir);
+    let joining = Joining::of_dir(dir).map_err(&failed)?;
     let log = LogStore::Disk(DiskLog::open(&dir.join("log")).map_err(&failed)?);
     let snapshots = Snapshots::open(dir.join("snapshots")).map_err(&failed)?;
     let (store, usable) = SledKv::open(dir, cache_bytes).map_err(&failed)?;
     let store = Arc::new(Store::Disk(store));
     bring_in_line(&log, &snapshots, &store, usable).map_err(failed)?;
-    Ok(Opened { log, store, snapshots, lock })
+    Ok(Opened { log, store, snapshots, joining, lock })
 }
 
 /// Opens simulated storage.
 ///
 /// # Errors
 /// When it is another master's.
-pub fn open_sim(storage: &Arc<SimStorage>, cluster: &str, node: u64) -> Result<Opened, StartError> {
-    storage.claim(cluster, node).map_err(StartError::Usage)?;
+pub fn open_sim(
+    storage: &Arc<SimStorage>,
+    cluster: &str,
+    node: u64,
+    others: bool,
+) -> Result<Opened, StartError> {
+    storage.claim(cluster, node, others).map_err(StartError::Usage)?;
     let log = LogStore::Sim(SimLog::open(Arc::clone(storage)));
     let snapshots = Snapshots::Sim(Arc::clone(storage));
     let store = Arc::new(Store::Sim(Arc::clone(storage)));
     bring_in_line(&log, &snapshots, &store, Ok(())).map_err(|error| StartError::Failed(error.to_string()))?;
-    Ok(Opened { log, store, snapshots, lock: None })
+    let joining = Joining::of_sim(storage);
+    Ok(Opened { log, store, snapshots, joining, lock: None })
 }
 
 fn bring_in_line(

@@ -28,9 +28,14 @@ pub struct RaftService {
     pub(super) shared: Arc<Shared>,
 }
 
-async fn answer(raft: &Raft, auth: &Auth, message: v1::RaftMessage) -> Result<v1::RaftMessage, Status> {
+async fn answer(
+    raft: &Raft,
+    shared: &Arc<Shared>,
+    auth: &Auth,
+    message: v1::RaftMessage,
+) -> Result<v1::RaftMessage, Status> {
     let envelope = auth.open(message)?;
-    let body = match dispatch(raft, envelope.body).await {
+    let body = match dispatch(raft, shared, envelope.body).await {
         Ok(body) => body,
         // Ends the stream: the master may be back behind a new one.
         Err(error) if error.kind() == std::io::ErrorKind::NotConnected => {
@@ -49,12 +54,13 @@ impl v1::raft_server::Raft for RaftService {
         &self,
         request: Request<Streaming<v1::RaftMessage>>,
     ) -> Result<Response<Self::AppendStream>, Status> {
-        let (raft, auth, mut messages) = (self.raft.clone(), self.auth.clone(), request.into_inner());
+        let (raft, shared, auth) = (self.raft.clone(), Arc::clone(&self.shared), self.auth.clone());
+        let mut messages = request.into_inner();
         let (sender, receiver) = mpsc::channel(REPLIES_MAX);
         tokio::spawn(async move {
             // In order: each append follows on the one before it.
             while let Ok(Some(message)) = messages.message().await {
-                let reply = answer(&raft, &auth, message).await;
+                let reply = answer(&raft, &shared, &auth, message).await;
                 let refused = reply.is_err();
                 if sender.send(reply).await.is_err() || refused {
                     return;
@@ -65,7 +71,7 @@ impl v1::raft_server::Raft for RaftService {
     }
 
     async fn vote(&self, request: Request<v1::RaftMessage>) -> Result<Response<v1::RaftMessage>, Status> {
-        answer(&self.raft, &self.auth, request.into_inner()).await.map(Response::new)
+        answer(&self.raft, &self.shared, &self.auth, request.into_inner()).await.map(Response::new)
     }
 
     async fn snapshot(

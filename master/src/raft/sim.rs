@@ -24,6 +24,7 @@ pub struct SimStorage {
     sync: Duration,
     failing: std::sync::atomic::AtomicBool,
     owner: Mutex<Option<(String, u64)>>,
+    pub(super) joining: std::sync::atomic::AtomicBool,
 }
 
 #[derive(Default)]
@@ -63,18 +64,20 @@ impl SimStorage {
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes whose storage this is.
+    /// Notes whose storage this is; when it is new, whether its master is joining others.
     ///
     /// # Errors
     /// When it is another's already.
-    pub(super) fn claim(&self, cluster: &str, node: u64) -> Result<(), String> {
+    pub(super) fn claim(&self, cluster: &str, node: u64, joining: bool) -> Result<(), String> {
         let mut owner = self.owner.lock().unwrap_or_else(PoisonError::into_inner);
         match owner.as_ref() {
             Some((its_cluster, its_node)) if its_cluster != cluster || *its_node != node => {
                 Err(format!("the storage belongs to master {its_node} of cluster {its_cluster}"))
             }
-            _ => {
+            Some(_) => Ok(()),
+            None => {
                 *owner = Some((cluster.to_owned(), node));
+                self.joining.store(joining, std::sync::atomic::Ordering::SeqCst);
                 Ok(())
             }
         }
@@ -183,7 +186,7 @@ mod tests {
         receiver.await.unwrap().unwrap();
         let (sender, _receiver) = tokio::sync::oneshot::channel();
         let unfinished = log.append(vec![entry(2)], Flushed::Caller(sender));
-        assert!(tokio::time::timeout(Duration::from_millis(1), unfinished).await.is_err());
+        assert!(futures::FutureExt::now_or_never(unfinished).is_none());
         assert_eq!(log.read(0, 9, usize::MAX).len(), 3);
         let log = SimLog::open(storage);
         assert_eq!(log.read(0, 9, usize::MAX).len(), 2);
@@ -192,8 +195,8 @@ mod tests {
     #[test]
     fn storage_of_another_master_is_refused() {
         let storage = SimStorage::new();
-        storage.claim("c", 1).unwrap();
-        storage.claim("c", 1).unwrap();
-        assert!(storage.claim("c", 2).unwrap_err().contains("master 1"));
+        storage.claim("c", 1, false).unwrap();
+        storage.claim("c", 1, false).unwrap();
+        assert!(storage.claim("c", 2, false).unwrap_err().contains("master 1"));
     }
 }

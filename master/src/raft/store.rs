@@ -2,6 +2,7 @@
 
 use super::codec::{self, AppliedRow};
 use super::export::{Exports, Piece};
+use super::joining::Joining;
 use super::sim::SimStorage;
 use super::sled_kv::SledKv;
 use super::snapshot::{self, Kept, RowIter, SnapshotData, SnapshotWriter, Snapshots};
@@ -125,6 +126,7 @@ pub struct Shared {
     pub cluster: String,
     pub store: Arc<Store>,
     pub snapshots: Snapshots,
+    pub joining: Joining,
     exports: Exports,
     export_number: AtomicU64,
     applied: Mutex<(Option<LogId>, StoredMembership)>,
@@ -137,11 +139,17 @@ impl Shared {
     ///
     /// # Errors
     /// When the store cannot say what was applied last.
-    pub fn new(env: Env, cluster: String, store: Arc<Store>, snapshots: Snapshots) -> io::Result<Self> {
+    pub fn new(
+        env: Env,
+        cluster: String,
+        store: Arc<Store>,
+        snapshots: Snapshots,
+        joining: Joining,
+    ) -> io::Result<Self> {
         let applied = Mutex::new(store.applied()?);
         let (exports, export_number) = (Exports::default(), AtomicU64::new(1));
         let purge = watch::Sender::new(None);
-        Ok(Self { env, cluster, store, snapshots, exports, export_number, applied, purge })
+        Ok(Self { env, cluster, store, snapshots, joining, exports, export_number, applied, purge })
     }
 
     /// What was applied last.

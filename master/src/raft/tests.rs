@@ -32,14 +32,14 @@ fn storage_error(error: impl std::fmt::Display) -> StorageError {
 impl StoreBuilder<TypeConfig, LogStore, StateMachine> for Builder {
     async fn build(&self) -> Result<((), LogStore, StateMachine), StorageError> {
         let opened = if self.sim {
-            open_sim(&SimStorage::new(), "c", 0).map_err(storage_error)?
+            open_sim(&SimStorage::new(), "c", 0, false).map_err(storage_error)?
         } else {
             let dir = tempfile::tempdir().map_err(storage_error)?;
-            let opened = open_disk(dir.path(), "c", 0, CACHE).map_err(storage_error)?;
+            let opened = open_disk(dir.path(), "c", 0, false, CACHE).map_err(storage_error)?;
             self.dirs.lock().unwrap().push(dir);
             opened
         };
-        let shared = Shared::new(Env::real(), "c".to_owned(), opened.store, opened.snapshots)
+        let shared = Shared::new(Env::real(), "c".to_owned(), opened.store, opened.snapshots, opened.joining)
             .map_err(storage_error)?;
         Ok(((), opened.log, StateMachine(Arc::new(shared))))
     }
