@@ -20,7 +20,7 @@ use std::time::Duration;
 pub use crate::write::core::Dirty;
 
 /// The data plane's settings.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct DataConfig {
     /// Bytes that may wait in memory to be committed; writers wait beyond.
     pub write_memory: u64,

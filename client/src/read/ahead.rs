@@ -45,8 +45,7 @@ impl ReadState {
         }
         if end > ahead.next {
             // The window grows with what was really read, so a reader of one header costs one block.
-            ahead.window =
-                if ahead.next == 0 { 0 } else { (ahead.window * 2).clamp(WINDOW_MIN, most.max(1)) };
+            ahead.window = if ahead.next == 0 { 0 } else { (ahead.window * 2).max(WINDOW_MIN).min(most) };
             ahead.next = end;
         }
         let from = ahead.ahead_to.max(end.next_multiple_of(BLOCK));
@@ -94,6 +93,14 @@ mod tests {
         }
         // Reading on from there is noticed.
         assert!(state.plan(30 * MIB + 4096, 30 * MIB + 8192, 100 * MIB, 16 * MIB).sequential);
+    }
+
+    #[test]
+    fn without_memory_for_a_block_nothing_is_read_ahead() {
+        let state = ReadState::default();
+        for at in 0..8 {
+            assert!(state.plan(at * MIB, (at + 1) * MIB, 100 * MIB, MIB / 4).ahead.is_empty());
+        }
     }
 
     #[test]

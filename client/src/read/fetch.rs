@@ -3,7 +3,6 @@
 use super::access::Accesses;
 use super::cache::Run;
 use super::peers::{Peer, Peers};
-use bytes::Bytes;
 use dfs_proto::checksum::crc32c;
 use dfs_proto::error::ErrorCode;
 use dfs_proto::v1::{ChunkAccess, ReadReply, ReadRequest};
@@ -166,7 +165,7 @@ fn verify(reply: ReadReply, from: u64, len: usize) -> FsResult<Run> {
     if !rest.is_empty() {
         return Err(corrupt("bytes without a checksum"));
     }
-    let run = Run { start: reply.start, bytes: Bytes::from(reply.data) };
+    let run = Run { start: reply.start, bytes: reply.data };
     if run.part(from, len).is_none() {
         return Err(corrupt("they are not the ones asked for"));
     }

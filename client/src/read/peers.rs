@@ -87,7 +87,7 @@ impl Peer {
         let at = latencies.count % LATENCIES;
         latencies.recent[at] = latency;
         latencies.count += 1;
-        if latencies.count % 8 == 0 {
+        if latencies.count.is_multiple_of(8) {
             let mut sorted = latencies.recent;
             let known = &mut sorted[..latencies.count.min(LATENCIES)];
             known.sort_unstable();
@@ -161,7 +161,7 @@ impl Peers {
             })
             .collect();
         drop(damaged);
-        rated.sort_by(|(one, _), (other, _)| one.cmp(other));
+        rated.sort_by_key(|(rating, _)| *rating);
         rated.into_iter().map(|(_, peer)| peer).collect()
     }
 

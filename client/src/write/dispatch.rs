@@ -283,7 +283,12 @@ impl Core {
             let suspects: Vec<NodeId> = match error.code {
                 ErrorCode::ErrorStaleEpoch | ErrorCode::ErrorBadToken => Vec::new(),
                 _ if reply.failed_node != 0 => vec![NodeId(reply.failed_node)],
-                _ => chunk.access.replicas.first().map(|replica| NodeId(replica.node)).into_iter().collect(),
+                _ => {
+                    // A daemon that did not answer did not tell its number.
+                    let replicas = &chunk.access.replicas;
+                    let named = replicas.iter().find(|replica| replica.address == reply.failed_address);
+                    named.or(replicas.first()).map(|replica| NodeId(replica.node)).into_iter().collect()
+                }
             };
             self.give_up(id, &suspects, &error, true, now);
             self.dispatch(now);

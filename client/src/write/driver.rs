@@ -124,7 +124,7 @@ impl Writer {
             }
             for action in actions {
                 match action {
-                    Action::Append { address, request } => self.append(state, address, request),
+                    Action::Append { address, request } => self.append(state, &address, request),
                     Action::Commit { ino, id, commit } => self.commit(ino, id, commit),
                     Action::Alloc { policy, count } => self.alloc(policy, count),
                     Action::Seal { chunk, failed, suspects } => self.seal(chunk, failed, &suspects),
@@ -140,16 +140,16 @@ impl Writer {
         }
     }
 
-    fn append(&self, state: &mut State, address: String, request: v1::AppendRequest) {
-        if !state.links.contains_key(&address) {
+    fn append(&self, state: &mut State, address: &str, request: v1::AppendRequest) {
+        if !state.links.contains_key(address) {
             state.next_link += 1;
-            let link = self.open_link(&address, state.next_link);
-            state.links.insert(address.clone(), (state.next_link, link));
+            let link = self.open_link(address, state.next_link);
+            state.links.insert(address.to_owned(), (state.next_link, link));
         }
-        if !state.links.get(&address).is_some_and(|(_, link)| link.send(request)) {
-            state.links.remove(&address);
+        if !state.links.get(address).is_some_and(|(_, link)| link.send(request)) {
+            state.links.remove(address);
             let error = FsError::new(ErrorCode::ErrorUnavailable, format!("{address}: the stream broke"));
-            state.core.link_down(&address, &error, self.now());
+            state.core.link_down(address, &error, self.now());
         }
     }
 
