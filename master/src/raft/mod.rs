@@ -51,7 +51,7 @@ pub struct RaftConfig {
     pub key: ClusterKey,
     /// Memory for the state store's cache.
     pub state_cache_bytes: u64,
-    /// A snapshot is made each time that so many entries were applied.
+    /// A snapshot is made each time that so many entries were applied; a large state is written less often.
     pub snapshot_every_entries: u64,
     /// A leader shows that it lives so often.
     pub heartbeat: Duration,

@@ -68,7 +68,14 @@ impl Node {
         let Opened { log, store, snapshots, joining, lock } = opened;
         let auth = Auth { id: config.id, cluster: config.cluster_id.clone(), key: config.key.clone() };
         let failed = |error: &dyn std::fmt::Display| StartError::Failed(error.to_string().replace('\n', " "));
-        let shared = Shared::new(env.clone(), config.cluster_id.clone(), store, snapshots, joining);
+        let shared = Shared::new(
+            env.clone(),
+            config.cluster_id.clone(),
+            store,
+            snapshots,
+            joining,
+            config.snapshot_every_entries.max(1),
+        );
         let shared = Arc::new(shared.map_err(|error| failed(&error))?);
         snapshot_what_the_log_lacks(&log, &shared).await.map_err(|error| failed(&error))?;
         let network = Network::new(env.clone(), auth.clone(), config.peers.clone());
@@ -105,6 +112,7 @@ impl Node {
             tokio::spawn(batcher.run()),
             tokio::spawn(confirm::run(raft.clone(), leadership.clone(), reading)),
             tokio::spawn(purge(raft.clone(), shared.purges())),
+            tokio::spawn(take_snapshots(raft.clone(), shared.snapshots_due())),
             tokio::spawn(form_cluster(
                 raft.clone(),
                 network.clone(),
@@ -284,7 +292,8 @@ fn raft_settings(env: &Env, config: &RaftConfig) -> Result<Config, StartError> {
         heartbeat_interval: millis(config.heartbeat),
         election_timeout_min: election,
         election_timeout_max: election + 1,
-        snapshot_policy: SnapshotPolicy::LogsSinceLast(config.snapshot_every_entries.max(1)),
+        // Snapshots are due when the state machine says so: how often depends on their size.
+        snapshot_policy: SnapshotPolicy::Never,
         // The log is purged by `purge` below, never by openraft's own rule.
         max_in_snapshot_log_to_keep: u64::MAX,
         ..Config::default()
@@ -322,6 +331,20 @@ async fn snapshot_what_the_log_lacks(log: &LogStore, shared: &Arc<Shared>) -> st
         shared.begin_snapshot().build().await?;
     }
     Ok(())
+}
+
+/// Has a snapshot made whenever one is due.
+async fn take_snapshots(raft: Raft, mut due: watch::Receiver<u64>) {
+    // One may have become due before this task began to listen.
+    due.mark_changed();
+    while due.changed().await.is_ok() {
+        if *due.borrow_and_update() > 0
+            && let Err(error) = raft.trigger().snapshot().await
+        {
+            tracing::debug!(%error, "no snapshot was made");
+            return;
+        }
+    }
 }
 
 /// Purges the log up to where two snapshots make it superfluous.

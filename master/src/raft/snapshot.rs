@@ -76,6 +76,17 @@ impl SnapshotData {
         }
     }
 
+    /// The length in bytes.
+    ///
+    /// # Errors
+    /// When the file cannot be asked.
+    pub fn length(&self) -> io::Result<u64> {
+        match &self.0 {
+            Source::Memory(bytes) => Ok(bytes.len() as u64),
+            Source::File(file, _) => Ok(file.metadata()?.len()),
+        }
+    }
+
     /// Opens the snapshot from its beginning.
     ///
     /// # Errors

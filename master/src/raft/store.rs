@@ -132,7 +132,16 @@ pub struct Shared {
     applied: Mutex<(Option<LogId>, StoredMembership)>,
     /// Up to where the log may be purged.
     purge: watch::Sender<Option<u64>>,
+    /// Entries between two snapshots, at least.
+    snapshot_every: u64,
+    /// Up to which entry the state is in a snapshot or will be, and how long the last snapshot was.
+    last_snapshot: Mutex<(u64, u64)>,
+    /// Told the last applied index whenever it is time for a snapshot.
+    due: watch::Sender<u64>,
 }
+
+/// A large state is written less often: at most about so many bytes of snapshot for each entry.
+const SNAPSHOT_BYTES_PER_ENTRY: u64 = 2048;
 
 impl Shared {
     /// Over a store that is ready for use.
@@ -145,11 +154,30 @@ impl Shared {
         store: Arc<Store>,
         snapshots: Snapshots,
         joining: Joining,
+        snapshot_every: u64,
     ) -> io::Result<Self> {
         let applied = Mutex::new(store.applied()?);
         let (exports, export_number) = (Exports::default(), AtomicU64::new(1));
-        let purge = watch::Sender::new(None);
-        Ok(Self { env, cluster, store, snapshots, joining, exports, export_number, applied, purge })
+        let (purge, due) = (watch::Sender::new(None), watch::Sender::new(0));
+        let last_snapshot = match snapshots.list()?.first() {
+            Some((meta, data)) => (meta.last_log_id.map_or(0, |id| id.index), data.length()?),
+            None => (0, 0),
+        };
+        let last_snapshot = Mutex::new(last_snapshot);
+        Ok(Self {
+            env,
+            cluster,
+            store,
+            snapshots,
+            joining,
+            exports,
+            export_number,
+            applied,
+            purge,
+            snapshot_every,
+            last_snapshot,
+            due,
+        })
     }
 
     /// What was applied last.
@@ -160,6 +188,27 @@ impl Shared {
     /// Told up to where the log may be purged, whenever that changes.
     pub fn purges(&self) -> watch::Receiver<Option<u64>> {
         self.purge.subscribe()
+    }
+
+    /// Told whenever it is time for a snapshot.
+    pub fn snapshots_due(&self) -> watch::Receiver<u64> {
+        self.due.subscribe()
+    }
+
+    fn check_whether_a_snapshot_is_due(&self, applied: u64) {
+        let mut last = self.last_snapshot.lock().unwrap_or_else(PoisonError::into_inner);
+        let every = self.snapshot_every.max(last.1 / SNAPSHOT_BYTES_PER_ENTRY);
+        if applied.saturating_sub(last.0) >= every {
+            last.0 = applied;
+            self.due.send_replace(applied);
+        }
+    }
+
+    fn note_snapshot(&self, (meta, data): &Kept) -> io::Result<()> {
+        let index = meta.last_log_id.map_or(0, |id| id.index);
+        let mut last = self.last_snapshot.lock().unwrap_or_else(PoisonError::into_inner);
+        *last = (last.0.max(index), data.length()?);
+        Ok(())
     }
 
     fn apply_entry(&self, entry: Entry) -> io::Result<Answers> {
@@ -179,6 +228,7 @@ impl Shared {
         writes.insert(applied_key(), Some(row.encode_to_vec()));
         self.exports.apply(&*self.store, &writes)?;
         *self.applied.lock().unwrap_or_else(PoisonError::into_inner) = (Some(entry.log_id), members);
+        self.check_whether_a_snapshot_is_due(entry.log_id.index);
         Ok(Answers(answers))
     }
 
@@ -215,7 +265,10 @@ impl Shared {
             self.snapshots.keep(draft, &self.cluster)?;
         }
         self.store.replace(Some(data))?;
-        *self.applied.lock().unwrap_or_else(PoisonError::into_inner) = self.store.applied()?;
+        let applied = self.store.applied()?;
+        *self.last_snapshot.lock().unwrap_or_else(PoisonError::into_inner) =
+            (applied.0.map_or(0, |id| id.index), data.length()?);
+        *self.applied.lock().unwrap_or_else(PoisonError::into_inner) = applied;
         Ok(())
     }
 }
@@ -270,6 +323,7 @@ impl SnapshotBuilder {
         let keeper = Arc::clone(&shared);
         let (kept, older) =
             env.blocking(move || keeper.snapshots.keep(writer.finish()?, &keeper.cluster)).await?;
+        shared.note_snapshot(&kept)?;
         shared.purge.send_replace(older);
         Ok(Some(kept))
     }

@@ -39,8 +39,15 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine> for Builder {
             self.dirs.lock().unwrap().push(dir);
             opened
         };
-        let shared = Shared::new(Env::real(), "c".to_owned(), opened.store, opened.snapshots, opened.joining)
-            .map_err(storage_error)?;
+        let shared = Shared::new(
+            Env::real(),
+            "c".to_owned(),
+            opened.store,
+            opened.snapshots,
+            opened.joining,
+            u64::MAX,
+        )
+        .map_err(storage_error)?;
         Ok(((), opened.log, StateMachine(Arc::new(shared))))
     }
 }
