@@ -7,14 +7,17 @@
 //! EXPLICIT_INVAL_DATA, but without dropping what our own writes put there).
 
 use dfs_proto::v1::{Attr, ErrorCode, Kind};
-use dfs_proto::{FsError, FsResult, InodeNo};
+use dfs_proto::{FsError, FsResult, InodeNo, limits};
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The kernel's number for the root of a mount.
 const FUSE_ROOT: u64 = 1;
 /// Locks that different inodes share.
 const SHARDS: usize = 16;
+/// How long the client may still believe where a file's bytes were before somebody else changed it.
+const DOUBT: Duration = Duration::from_millis(limits::ATTR_TTL_MS);
 
 /// What the kernel knows.
 pub struct Inodes {
@@ -38,6 +41,9 @@ struct Pages {
     writing: bool,
     /// All that changed the file since the pages were dropped last is in them.
     whole: bool,
+    /// Somebody else changed the file: pages that are read before then may still show what was there, and are dropped
+    /// once more after it.
+    doubt: Option<Instant>,
 }
 
 /// What attributes on their way to the kernel say about its pages.
@@ -52,7 +58,7 @@ pub enum Seen {
 impl Pages {
     fn of(attr: &Attr) -> Self {
         let mtime = attr.mtime.unwrap_or_default().key();
-        Self { version: attr.version, mtime, size: attr.size, writing: false, whole: true }
+        Self { version: attr.version, mtime, size: attr.size, writing: false, whole: true, doubt: None }
     }
 
     fn shows(&self, attr: &Attr) -> bool {
@@ -60,8 +66,13 @@ impl Pages {
             || (self.size == attr.size && self.mtime == attr.mtime.unwrap_or_default().key())
     }
 
+    /// Whether pages may be stale for a reason that has ended by now, which is thereby settled.
+    fn settle_doubt(&mut self, now: Instant) -> bool {
+        self.doubt.take_if(|until| *until <= now).is_some()
+    }
+
     fn take_over(&mut self, attr: &Attr, whole: bool) {
-        *self = Self { writing: self.writing, whole, ..Self::of(attr) };
+        *self = Self { writing: self.writing, whole, doubt: self.doubt, ..Self::of(attr) };
     }
 }
 
@@ -115,23 +126,25 @@ impl Inodes {
     }
 
     /// A file was opened with these attributes. Answers whether the kernel may keep its pages.
-    pub fn opened(&self, attr: &Attr) -> bool {
+    pub fn opened(&self, attr: &Attr, now: Instant) -> bool {
         let ino = InodeNo(attr.ino);
         let mut shard = self.shard(ino);
-        let pages = &mut shard.entry(ino).or_default().pages;
-        match pages {
-            None => {
-                *pages = Some(Pages::of(attr));
-                false
-            }
-            // What is being written can hide what somebody else wrote: read it again.
-            Some(pages) if pages.writing => false,
-            Some(known) => {
-                let keep = known.whole && known.shows(attr);
-                *pages = Some(Pages::of(attr));
-                keep
-            }
+        let Some(pages) = &mut shard.entry(ino).or_default().pages else {
+            shard.entry(ino).or_default().pages = Some(Pages::of(attr));
+            return false;
+        };
+        // What is being written can hide what somebody else wrote: read it again.
+        if pages.writing {
+            return false;
         }
+        let same = pages.shows(attr);
+        let keep = same && pages.whole && pages.doubt.is_none();
+        pages.settle_doubt(now);
+        if !same {
+            pages.doubt = Some(now + DOUBT);
+        }
+        pages.take_over(attr, true);
+        keep
     }
 
     /// Bytes were written to a file.
@@ -160,17 +173,17 @@ impl Inodes {
     }
 
     /// This mount changed a file by one operation, which left it with these attributes.
-    pub fn changed(&self, attr: &Attr) -> Seen {
-        self.update(attr, attr.version.saturating_sub(1))
+    pub fn changed(&self, attr: &Attr, now: Instant) -> Seen {
+        self.update(attr, attr.version.saturating_sub(1), now)
     }
 
     /// Attributes are about to be shown to the kernel.
-    pub fn shown(&self, attr: &Attr) -> Seen {
-        self.update(attr, attr.version)
+    pub fn shown(&self, attr: &Attr, now: Instant) -> Seen {
+        self.update(attr, attr.version, now)
     }
 
     /// `before`: the version that the attributes follow without anybody else's change.
-    fn update(&self, attr: &Attr, before: u64) -> Seen {
+    fn update(&self, attr: &Attr, before: u64, now: Instant) -> Seen {
         if attr.kind != Kind::File as i32 {
             return Seen::Same;
         }
@@ -185,9 +198,10 @@ impl Inodes {
         if pages.version == before || pages.shows(attr) {
             let whole = pages.whole;
             pages.take_over(attr, whole);
-            return Seen::Same;
+            return if pages.settle_doubt(now) { Seen::Foreign } else { Seen::Same };
         }
         pages.take_over(attr, true);
+        pages.doubt = Some(now + DOUBT);
         Seen::Foreign
     }
 
@@ -210,10 +224,10 @@ mod tests {
 
     const INO: InodeNo = InodeNo(7);
 
-    fn opened() -> Inodes {
+    fn opened(now: Instant) -> Inodes {
         let inodes = Inodes::new(InodeNo::ROOT);
         inodes.looked_up(INO);
-        assert!(!inodes.opened(&attr(5, 1)));
+        assert!(!inodes.opened(&attr(5, 1), now));
         inodes
     }
 
@@ -230,51 +244,59 @@ mod tests {
 
     #[test]
     fn an_inode_is_forgotten_when_the_kernel_has_given_back_every_lookup() {
-        let inodes = opened();
+        let now = Instant::now();
+        let inodes = opened(now);
         inodes.looked_up(INO);
         inodes.forget(INO, 1);
-        assert!(inodes.opened(&attr(5, 1)), "still known");
+        assert!(inodes.opened(&attr(5, 1), now), "still known");
         inodes.forget(INO, 1);
         assert!(inodes.shard(INO).is_empty());
         inodes.forget(INO, 3);
-        assert!(!inodes.opened(&attr(5, 1)));
+        assert!(!inodes.opened(&attr(5, 1), now));
     }
 
     #[test]
     fn pages_are_kept_over_an_open_only_when_the_file_is_as_it_was() {
-        let inodes = opened();
-        assert!(inodes.opened(&attr(5, 1)));
-        assert!(inodes.opened(&attr(8, 1)), "a rename or chmod leaves the bytes alone");
-        assert!(!inodes.opened(&attr(9, 2)));
-        assert!(inodes.opened(&attr(9, 2)), "dropped at the open before");
+        let now = Instant::now();
+        let inodes = opened(now);
+        assert!(inodes.opened(&attr(5, 1), now));
+        assert!(inodes.opened(&attr(8, 1), now), "a rename or chmod leaves the bytes alone");
+        assert!(!inodes.opened(&attr(9, 2), now));
+        assert!(!inodes.opened(&attr(9, 2), now), "what was read since may be what was there before");
+        assert!(!inodes.opened(&attr(9, 2), now + DOUBT), "and it is dropped once more");
+        assert!(inodes.opened(&attr(9, 2), now + DOUBT));
     }
 
     #[test]
     fn own_writes_keep_the_pages_when_nobody_else_wrote_in_between() {
-        let inodes = opened();
+        let now = Instant::now();
+        let inodes = opened(now);
         inodes.wrote(INO);
-        assert_eq!(inodes.shown(&attr(6, 2)), Seen::Same);
-        assert!(!inodes.opened(&attr(6, 2)), "writing");
+        assert_eq!(inodes.shown(&attr(6, 2), now), Seen::Same);
+        assert!(!inodes.opened(&attr(6, 2), now), "writing");
         inodes.flushed(INO, Some(&attr(6, 2)));
-        assert!(inodes.opened(&attr(6, 2)));
+        assert!(inodes.opened(&attr(6, 2), now));
         inodes.wrote(INO);
         inodes.flushed(INO, Some(&attr(8, 3)));
-        assert!(!inodes.opened(&attr(8, 3)), "two versions more: perhaps somebody else's");
+        assert!(!inodes.opened(&attr(8, 3), now), "two versions more: perhaps somebody else's");
         inodes.wrote(INO);
         inodes.flushed(INO, None);
-        assert!(!inodes.opened(&attr(8, 3)));
+        assert!(!inodes.opened(&attr(8, 3), now));
     }
 
     #[test]
     fn a_change_by_somebody_else_is_seen_once_and_own_changes_are_not_mistaken_for_it() {
-        let inodes = opened();
-        assert_eq!(inodes.shown(&attr(5, 1)), Seen::Same);
-        assert_eq!(inodes.shown(&attr(6, 2)), Seen::Foreign);
-        assert_eq!(inodes.shown(&attr(6, 2)), Seen::Same);
-        assert_eq!(inodes.shown(&attr(5, 1)), Seen::Same, "an older answer changes nothing");
-        assert_eq!(inodes.changed(&attr(7, 3)), Seen::Same);
-        assert_eq!(inodes.changed(&attr(9, 4)), Seen::Foreign);
+        let now = Instant::now();
+        let inodes = opened(now);
+        assert_eq!(inodes.shown(&attr(5, 1), now), Seen::Same);
+        assert_eq!(inodes.shown(&attr(6, 2), now), Seen::Foreign);
+        assert_eq!(inodes.shown(&attr(6, 2), now), Seen::Same);
+        assert_eq!(inodes.shown(&attr(5, 1), now), Seen::Same, "an older answer changes nothing");
+        assert_eq!(inodes.shown(&attr(6, 2), now + DOUBT), Seen::Foreign, "what was read since may be old");
+        assert_eq!(inodes.shown(&attr(6, 2), now + DOUBT), Seen::Same);
+        assert_eq!(inodes.changed(&attr(7, 3), now), Seen::Same);
+        assert_eq!(inodes.changed(&attr(9, 4), now), Seen::Foreign);
         let unknown = Attr { ino: 8, ..attr(1, 1) };
-        assert_eq!(inodes.shown(&unknown), Seen::Same);
+        assert_eq!(inodes.shown(&unknown, now), Seen::Same);
     }
 }

@@ -80,8 +80,10 @@ fn log_filter(wish: &MountWish) -> Result<EnvFilter, Failure> {
         Some(text) => text.clone(),
         None => std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()),
     };
-    // The FUSE library warns that it cannot unmount what umount(8) has just unmounted.
-    let text = if matches!(text.as_str(), "info" | "warn") { format!("{text},fuser=error") } else { text };
+    // The FUSE library complains about what is in order: that it cannot unmount what umount(8) has unmounted, and that
+    // the kernel does not find the request whose interruption it declines (it asks on another descriptor).
+    let text =
+        if matches!(text.as_str(), "error" | "warn" | "info") { format!("{text},fuser=off") } else { text };
     EnvFilter::try_new(&text).map_err(|error| Failure::usage(format!("--log '{text}': {error}")))
 }
 
@@ -98,7 +100,7 @@ fn start_logging(wish: &MountWish, filter: EnvFilter) -> Result<(), Failure> {
             log.with_ansi(false).with_writer(Mutex::new(file)).init();
         }
         None if wish.foreground => {
-            log.with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).init()
+            log.with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).init();
         }
         None => log.with_writer(std::io::sink).init(),
     }

@@ -15,7 +15,7 @@ use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 /// Who asks.
 #[derive(Clone, Copy, Debug)]
@@ -100,7 +100,7 @@ impl Answer<ReplyEntry> {
             Ok(attr) => attr,
             Err(error) => return self.fail(&error),
         };
-        match fs.shown(&attr, fs.inodes.shown(&attr)).await {
+        match fs.shown(&attr, fs.inodes.shown(&attr, Instant::now())).await {
             Ok(shown) => {
                 let ino = InodeNo(attr.ino);
                 fs.inodes.looked_up(ino);

@@ -13,7 +13,7 @@ use dfs_proto::{FsError, FsResult, InodeNo, limits};
 use fuser::{FileAttr, FileType, Generation, ReplyDirectory, ReplyDirectoryPlus};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
 const DOT: u64 = 1;
@@ -217,7 +217,7 @@ impl Shared {
                 Err(error) => tracing::warn!(%ino, %error, "a directory entry was left out"),
             }
             if let Some((attr, _)) = attr
-                && self.inodes.shown(&attr) == Seen::Foreign
+                && self.inodes.shown(&attr, Instant::now()) == Seen::Foreign
                 && let Ok(node) = self.inodes.node(ino)
             {
                 told.changed.push(node);

@@ -15,6 +15,7 @@ use fuser::{
 };
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// The most one copy_file_range answers for; the kernel takes 32 bits and asks again for the rest.
 const COPY_MAX: u64 = 1 << 31;
@@ -59,7 +60,7 @@ impl Shared {
             Err(error) => return answer.fail(&error),
         };
         let (handle, how) = self.opened(open, flags);
-        match self.shown(&made.attr, self.inodes.shown(&made.attr)).await {
+        match self.shown(&made.attr, self.inodes.shown(&made.attr, Instant::now())).await {
             Ok(shown) => {
                 let ino = InodeNo(made.attr.ino);
                 self.inodes.looked_up(ino);
@@ -79,7 +80,10 @@ impl Shared {
 
     fn opened(&self, open: Arc<OpenFile>, flags: i32) -> (FileHandle, FopenFlags) {
         let append = flags & libc::O_APPEND != 0;
-        let keep = self.client.cached_attr(open.ino).is_some_and(|(attr, _)| self.inodes.opened(&attr));
+        let keep = self
+            .client
+            .cached_attr(open.ino)
+            .is_some_and(|(attr, _)| self.inodes.opened(&attr, Instant::now()));
         let how = match (append, keep) {
             // The kernel's idea of the end is not asked for: every write comes here, and lands where the end is.
             (true, _) => FopenFlags::FOPEN_DIRECT_IO,
@@ -193,7 +197,7 @@ impl Shared {
 
     pub async fn setattr(&self, caller: Caller, change: v1::SetAttr) -> FsResult<(Attr, Seen)> {
         let attr = self.client.setattr(&caller.cred(), change).await?;
-        let seen = self.inodes.changed(&attr);
+        let seen = self.inodes.changed(&attr, Instant::now());
         Ok((attr, seen))
     }
 
@@ -263,7 +267,7 @@ impl Shared {
             return self.inodes.flushed(ino, None);
         };
         self.inodes.flushed(ino, Some(&attr));
-        if self.inodes.changed(&attr) == Seen::Foreign
+        if self.inodes.changed(&attr, Instant::now()) == Seen::Foreign
             && let Ok(node) = self.inodes.node(ino)
         {
             self.drop_pages(node, 0, 0).await;

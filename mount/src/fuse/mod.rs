@@ -30,7 +30,7 @@ use state::{TTL, ask_kernel};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// The block of statfs(2), in bytes.
 const STATFS_BLOCK: u32 = 4096;
@@ -88,7 +88,7 @@ impl Filesystem for Dfs {
         let ino = self.inode(node);
         self.0.serve(request, reply, Patience::Killed, move |fs, answer| async move {
             match fs.client.getattr(ino).await {
-                Ok(attr) => answer.attr(&fs, &attr, fs.inodes.shown(&attr)).await,
+                Ok(attr) => answer.attr(&fs, &attr, fs.inodes.shown(&attr, Instant::now())).await,
                 Err(error) => answer.fail(&error),
             }
         });
