@@ -6,7 +6,7 @@ BIG=${DFS_TEST_BIG_MIB:-1024}
 MANY=${DFS_TEST_MANY:-100000}
 
 make_tree "$WORK/tree"
-tar -C "$WORK/tree" -cf "$WORK/tree.tar" .
+tar -C "$WORK/tree" --format=posix -cf "$WORK/tree.tar" .   # nanoseconds
 up
 
 step "untar, diff"

@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# The dfs command: files without a mount, seen at once by the mount; pipes, trees, errors, JSON.
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+up
+. "$HOME_DIR/cluster.env"
+export DFS_MASTERS
+same() { [[ $1 == "$2" ]] || fail "'$1' instead of '$2'"; }
+
+step "put and get: a file over several chunks, a sparse one, pipes"
+head -c 150M /dev/urandom >"$WORK/big"
+dfs put "$WORK/big" /
+cmp "$WORK/big" "$MNT/big" || fail "the mount shows other bytes"
+dfs get /big "$WORK/back"
+cmp "$WORK/big" "$WORK/back" || fail "get differs"
+dfs put - /pipe <"$WORK/big"
+dfs get /pipe - | cmp - "$WORK/big" || fail "pipes differ"
+# Ends as if by SIGPIPE, without a word, like any tool.
+statuses=$(set +o pipefail; dfs cat /pipe /pipe 2>"$WORK/said" | head -c 1 >/dev/null; echo "${PIPESTATUS[0]}")
+[[ $statuses == 141 && ! -s $WORK/said ]] || fail "a reader that went is an error: $statuses $(cat "$WORK/said")"
+truncate -s 10G "$WORK/sparse"
+echo end | dd of="$WORK/sparse" bs=1 seek=$((5 << 30)) conv=notrunc status=none
+dfs put "$WORK/sparse" /sparse
+same "$(dfs stat --json /sparse | python3 -c 'import json, sys; s = json.load(sys.stdin)[0]; print(s["size"], s["blocks"] < 100000)')" "$((10 << 30)) True"
+rm "$WORK/sparse"
+dfs get /sparse "$WORK/sparse"
+same "$(dd if="$WORK/sparse" bs=1 skip=$((5 << 30)) count=3 status=none)" end
+same "$(stat -c %s "$WORK/sparse")" $((10 << 30))
+
+step "put replaces whole files and keeps the mode"
+echo one >"$MNT/mode"
+chmod 640 "$MNT/mode"
+echo two | dfs put - /mode
+same "$(cat "$MNT/mode") $(stat -c %a "$MNT/mode")" "two 640"
+echo three | dfs put -n - /mode
+same "$(dfs cat /mode)" two
+[[ -z $(find "$MNT" -name '*.part') ]] || fail "temporary files stay"
+
+step "append"
+for i in 1 2 3; do echo "$i" | dfs append - /log; done
+same "$(dfs cat /log)" $'1\n2\n3'
+same "$(cat "$MNT/log")" $'1\n2\n3'
+
+step "trees"
+make_tree "$WORK/tree"
+dfs put -rp "$WORK/tree" /
+diff -r --no-dereference "$WORK/tree" "$MNT/tree" || fail "the tree differs"
+dfs get -rp /tree "$WORK/tree2"
+diff -r --no-dereference "$WORK/tree" "$WORK/tree2" || fail "the tree came back different"
+(cd "$WORK/tree" && find . -type f -printf '%p %m %T@ %s\n' | sort) >"$WORK/a"
+(cd "$WORK/tree2" && find . -type f -printf '%p %m %T@ %s\n' | sort) >"$WORK/b"
+cmp "$WORK/a" "$WORK/b" || fail "-p lost modes or times"
+same "$(dfs ls -R /tree/pkg1 | grep -c '^file0.rs$')" 10
+same "$(dfs tree /tree | tail -n 1)" "220 directories, 4400 files"
+
+step "mkdir, mv, ln, stat, rm"
+dfs mkdir -p /a/b/c /a/b/c
+ln -s b "$MNT/a/link"
+dfs mv /log /a/link/
+same "$(cat "$MNT/a/b/log" | wc -l)" 3
+dfs mv /a/b/log /a/b/c/log2
+same "$(dfs ls /a/link/c)" log2
+same "$(dfs ls -l /a | awk '{ print $NF }' | sort | paste -sd ' ')" "b b"
+dfs rm -r /a /tree
+[[ ! -e $MNT/a && ! -e $MNT/tree ]] || fail "rm -r left something"
+dfs rm -f /a || fail "rm -f of nothing"
+
+step "the cluster's state"
+same "$(dfs status --json | python3 -c 'import json, sys; s = json.load(sys.stdin); print(len(s["nodes"]), s["replicas"])')" "3 3"
+same "$(dfs node ls --json | python3 -c 'import json, sys; print({n["state"] for n in json.load(sys.stdin)})')" "{'up'}"
+dfs df >/dev/null
+echo unsynced >"$MNT/s"
+dfs sync "$MNT"
+dfs sync
+dfs status --sessions | grep -q dfs-mount || fail "the mount's session is not shown"
+
+step "bad input"
+refused 1 "No such file or directory" dfs cat /nothing
+refused 1 "No such file or directory" dfs put "$WORK/nothing" /
+refused 1 "Is a directory" dfs put "$WORK/tree" /
+refused 1 "File exists" dfs mkdir /big
+refused 1 "refusing" dfs rm /
+refused 1 "File name too long" dfs mkdir "/$(printf 'n%.0s' {1..256})"
+refused 1 "no dfs is mounted" dfs sync /
+refused 2 "colour" dfs ls --colour
+refused 2 "bogus" dfs bogus
+refused 2 "not an address" dfs --masters nonsense ls
+refused 1 "127.0.0.1:1" dfs --masters 127.0.0.1:1 --timeout 1 ls
+mkdir -p "$WORK/config/dfs"
+echo 'colour = "red"' >"$WORK/config/dfs/config.toml"
+refused 2 "colour" env XDG_CONFIG_HOME="$WORK/config" dfs ls
+echo "masters = [\"${DFS_MASTERS%%,*}\"]" >"$WORK/config/dfs/config.toml"
+env -u DFS_MASTERS XDG_CONFIG_HOME="$WORK/config" dfs ls / >/dev/null || fail "the user's settings are not read"
+
+step "an interrupted put leaves nothing"
+(sleep 3; true) | dfs put - /half &
+putter=$!
+started() { [[ -n $(find "$MNT" -maxdepth 1 -name '.half.*.part') ]]; }
+wait_for 20 started || fail "put does not begin"
+kill -INT $putter
+status=0
+wait $putter || status=$?
+((status == 130)) || fail "an interrupted put ended with $status"
+[[ -z $(find "$MNT" -maxdepth 1 -name '*half*') ]] || fail "an interrupted put left something"
