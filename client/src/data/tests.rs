@@ -366,7 +366,13 @@ async fn the_first_replica_dies_in_the_middle_and_every_byte_arrives() {
     let bytes = pattern(4, 12 << 20);
     let (front, back) = bytes.split_at(5 << 20);
     write(&data, 6, 0, front, 128 << 10).await;
-    let first = cluster.books(|books| books.chunks[&1].replicas[0].node);
+    // Appends are under way from here on.
+    let first = loop {
+        if let Some(node) = cluster.books(|books| books.chunks.get(&1).map(|chunk| chunk.replicas[0].node)) {
+            break node;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
     let at = cluster.daemons.iter().position(|daemon| daemon.as_ref().unwrap().node() == first).unwrap();
     drop(cluster.daemons[at].take());
     write(&data, 6, front.len() as u64, back, 128 << 10).await;

@@ -42,6 +42,8 @@ pub struct Core {
     pub(super) line: VecDeque<InodeNo>,
     /// Chunks of which a sync is wanted that is not asked for.
     pub(super) sync_wanted: BTreeSet<ChunkId>,
+    /// When a first replica, by its address, last acknowledged anything.
+    pub(super) heard: HashMap<String, Duration>,
     /// Records that are sent and not acknowledged.
     pub(super) unacked: usize,
     /// Seals that the master has not answered.
@@ -66,6 +68,7 @@ impl Core {
             pools: BTreeMap::new(),
             line: VecDeque::new(),
             sync_wanted: BTreeSet::new(),
+            heard: HashMap::new(),
             unacked: 0,
             seals: 0,
             used: 0,

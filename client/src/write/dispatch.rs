@@ -13,6 +13,8 @@ use dfs_proto::{ChunkId, FsError, FsResult, InodeNo, NodeId, PROTOCOL_VERSION};
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
+/// How many times longer a chunk may wait while its first replica answers for others.
+const BUSY: u32 = 4;
 /// How many inodes in a row may find no room before the others wait for the next event.
 const BLOCKED_MAX: usize = 16;
 
@@ -300,6 +302,10 @@ impl Core {
         let synced = reply.synced.min(chunk.end).max(before);
         if acked > chunk.acked || synced > before {
             chunk.progress_at = now;
+            match self.heard.get_mut(chunk.address()) {
+                Some(heard) => *heard = now,
+                None => drop(self.heard.insert(chunk.address().to_owned(), now)),
+            }
         }
         (chunk.acked, chunk.synced) = (acked, synced);
         while chunk.unacked.front().is_some_and(|end| *end <= acked) {
@@ -397,13 +403,16 @@ impl Core {
         }
     }
 
-    /// Gives up chunks that make no progress.
+    /// Gives up chunks that make no progress. A daemon that answers for other chunks is alive and busy: it reports
+    /// by itself what does not move, so it gets more time, but not for ever.
     pub(super) fn check_chunks(&mut self, now: Duration) {
         let mut late = Vec::new();
-        for (id, chunk) in &self.chunks {
+        for (id, chunk) in self.chunks.iter().filter(|(_, chunk)| chunk.is_waiting()) {
             let failures = self.pools.get(&chunk.policy).map_or(0, |pool| pool.failures);
             let patience = chunk.patience(self.settings.append_progress, failures);
-            if chunk.is_waiting() && now.saturating_sub(chunk.progress_at) > patience {
+            let heard = self.heard.get(chunk.address()).copied().unwrap_or_default();
+            let silence = now.saturating_sub(chunk.progress_at.max(heard));
+            if silence > patience || now.saturating_sub(chunk.progress_at) > patience * BUSY {
                 late.push((*id, chunk.access.replicas.first().map(|replica| NodeId(replica.node))));
             }
         }

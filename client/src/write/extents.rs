@@ -6,6 +6,9 @@ use dfs_proto::limits::RECORD_MAX;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+/// An unsent piece of this length that still grows gets the memory of a whole record.
+const GROWING: usize = 128 << 10;
+
 /// A piece of a file that was cut off to be sent: its bytes never change again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
@@ -115,6 +118,10 @@ impl Extents {
             .entry(start)
             .or_insert_with(|| Piece::Unsent { buffer: Vec::with_capacity(taken), since: now });
         if let Piece::Unsent { buffer, .. } = piece {
+            if buffer.len() >= GROWING {
+                // It will most likely become a full record: one copy instead of three.
+                buffer.reserve_exact(RECORD_MAX - buffer.len());
+            }
             buffer.extend_from_slice(&data[..taken]);
             if buffer.len() == RECORD_MAX {
                 self.full.push(start);

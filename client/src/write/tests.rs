@@ -444,6 +444,28 @@ fn a_silent_daemon_costs_its_chunk_and_no_bytes() {
 }
 
 #[test]
+fn a_busy_daemon_gets_more_time_than_a_silent_one() {
+    let mut world = World::new(10, 1 << 20);
+    world.write(1, 0, 80);
+    world.flush(1);
+    world.deliver_alloc();
+    assert!(world.appends.len() >= 4);
+    let chunks: Vec<u64> = world.appends.iter().map(|request| request.chunk).collect();
+    let same =
+        chunks.iter().rposition(|chunk| world.chunks[chunk].address == world.chunks[&chunks[0]].address);
+    let last = chunks[same.unwrap()];
+    assert_ne!(last, chunks[0]);
+    world.tick(3500);
+    world.deliver_append(0);
+    world.tick(1500);
+    assert!(!world.chunks[&last].fenced, "its daemon has just answered");
+    // The other daemon's chunks were given up meanwhile, so there is more patience now; it ends all the same.
+    world.tick(20_000);
+    assert!(world.chunks[&last].fenced);
+    world.settle();
+}
+
+#[test]
 fn full_memory_makes_writers_wait_and_discarded_bytes_are_not_written() {
     let mut world = World::new(1 << 20, 1000);
     world.write(1, 0, 900);
