@@ -121,6 +121,7 @@ impl Served {
         let session = Session::new(fs, &self.place, &config).map_err(|error| {
             let hint = match error.kind() {
                 io::ErrorKind::NotFound => "; is the kernel module loaded (modprobe fuse)?",
+                io::ErrorKind::PermissionDenied if !is_root() => "; may this user open /dev/fuse?",
                 _ => "",
             };
             Failure::operation(format!("cannot mount on {}: {error}{hint}", self.place.display()))
