@@ -90,7 +90,7 @@ impl Remote {
             attr: Some(attr),
             path: path.to_vec(),
         };
-        let mut place = here(root.clone());
+        let mut place = here(root);
         let mut todo: VecDeque<Vec<u8>> = components(path);
         // "name/" names a directory, as in the kernel.
         let directory = path.ends_with(b"/");
@@ -111,7 +111,7 @@ impl Remote {
                 }
                 let target = self.client.readlink(InodeNo(link.ino)).await.about(shown())?;
                 if target.starts_with(b"/") {
-                    place = here(root.clone());
+                    place = here(root);
                 }
                 for component in components(&target).into_iter().rev() {
                     todo.push_front(component);
@@ -129,7 +129,7 @@ impl Remote {
     /// What is at a path.
     pub async fn existing(&self, path: &[u8], last: Last) -> Result<(Place, Attr)> {
         let place = self.walk(path, last).await?;
-        let attr = place.existing()?.clone();
+        let attr = *place.existing()?;
         Ok((place, attr))
     }
 

@@ -3,13 +3,17 @@
 use crate::Result;
 use crate::error::CliError;
 use dfs_client::ClientConfig;
-use dfs_client::settings::{DEFAULT_PATH, SettingsError, load_with};
+use dfs_client::settings::{DEFAULT_PATH, SettingsError, load_with, parse_masters};
 use dfs_env::Env;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The settings for this run. Both files have the keys of `deploy/client.toml`.
 pub fn load(env: &Env, masters: Option<&str>, timeout_s: Option<u64>) -> Result<ClientConfig> {
+    if let Some(list) = masters {
+        parse_masters(list, "--masters or DFS_MASTERS")
+            .map_err(|error| CliError::Usage(error.to_string()))?;
+    }
     let own = own_file(|name| std::env::var_os(name).map(PathBuf::from));
     let file = own.as_deref().filter(|path| path.exists());
     let mut config = match load_with(env, file, masters) {

@@ -6,7 +6,7 @@ use crate::error::{About, CliError};
 use crate::format;
 use crate::remote::{Last, Remote};
 use crate::transfer::upload::fill;
-use crate::transfer::{STEP, Stop};
+use crate::transfer::{Progress, STEP};
 use dfs_client::v1::{Create, Kind};
 use dfs_client::{InodeNo, OpenFile, OpenFlags};
 use serde_json::json;
@@ -40,11 +40,9 @@ pub async fn run(context: &Context, args: Args) -> Result {
     let path = args.target.as_bytes();
     context
         .with_remote(async |remote| {
-            let stop = Stop::catch().about("catching signals")?;
+            let progress = Progress::new(context.output, None).about("catching signals")?;
             let file = open(remote, path).await?;
-            let bar = context.output.progress(None);
-            bar.set_message(format::name(path));
-            let mut bytes = 0;
+            progress.bar.set_message(format::name(path));
             let work = async {
                 let mut buffer = vec![0; STEP];
                 loop {
@@ -53,15 +51,15 @@ pub async fn run(context: &Context, args: Args) -> Result {
                         return remote.client.flush(&file).await.about(format::name(path));
                     }
                     remote.client.append(&file, &buffer[..filled]).await.about(format::name(path))?;
-                    bytes += filled as u64;
-                    bar.inc(filled as u64);
+                    progress.moved(filled as u64);
                 }
             };
-            let result = stop.or(work).await;
+            let result = progress.stop.or(work).await;
             let released = remote.client.release(file).await.about(format::name(path));
-            bar.finish_and_clear();
+            progress.bar.finish_and_clear();
             result?;
             released?;
+            let (_, bytes, _) = progress.counts();
             context.output.summary(
                 &json!({"path": format::name_json(path), "bytes": bytes}),
                 &format!("appended {}", format::size(bytes)),

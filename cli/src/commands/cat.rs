@@ -6,10 +6,9 @@ use crate::error::About;
 use crate::output::Output;
 use crate::remote::Last;
 use crate::transfer::download::Download;
-use crate::transfer::{Options, Stop};
+use crate::transfer::{Options, Progress};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::AtomicU64;
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -24,11 +23,9 @@ pub async fn run(context: &Context, args: Args) -> Result {
                 remote: remote.clone(),
                 env: context.env.clone(),
                 options: Options { recursive: false, preserve: false, keep_existing: false },
-                bar: Output { json: true, quiet: true }.progress(None),
-                stop: Stop::catch().about("catching signals")?,
-                files: AtomicU64::new(0),
-                bytes: AtomicU64::new(0),
-                errors: AtomicU64::new(0),
+                // No bar: it would run through the text.
+                progress: Progress::new(Output { quiet: true, ..context.output }, None)
+                    .about("catching signals")?,
             };
             let mut output = tokio::io::stdout();
             let mut each = Each::new();

@@ -6,12 +6,11 @@ use crate::error::{About, CliError};
 use crate::format;
 use crate::remote::{Last, Remote, base_name};
 use crate::transfer::download::Download;
-use crate::transfer::{Options, Stop};
+use crate::transfer::{Options, Progress};
 use serde_json::json;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -50,20 +49,14 @@ pub async fn run(context: &Context, args: Args) -> Result {
                 remote: remote.clone(),
                 env: context.env.clone(),
                 options,
-                bar: context.output.progress(Some(0)),
-                stop: Stop::catch().about("catching signals")?,
-                files: AtomicU64::new(0),
-                bytes: AtomicU64::new(0),
-                errors: AtomicU64::new(0),
+                progress: Progress::new(context.output, Some(0)).about("catching signals")?,
             };
             let mut each = Each::new();
             for path in &paths {
                 each.note(one(remote, &download, path, &target, pipe).await)?;
             }
-            download.bar.finish_and_clear();
-            let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-            let (files, bytes, errors) =
-                (count(&download.files), count(&download.bytes), count(&download.errors));
+            download.progress.bar.finish_and_clear();
+            let (files, bytes, errors) = download.progress.counts();
             let failed = each.failed || errors > 0;
             if !pipe {
                 context.output.summary(
@@ -78,8 +71,8 @@ pub async fn run(context: &Context, args: Args) -> Result {
 
 async fn one(remote: &Remote, download: &Download, path: &[u8], target: &Path, pipe: bool) -> Result {
     let (_, attr) = remote.existing(path, Last::Follow).await?;
-    download.bar.set_message(format::name(path));
-    download.bar.inc_length(attr.size);
+    download.progress.bar.set_message(format::name(path));
+    download.progress.bar.inc_length(attr.size);
     if pipe {
         return download.stream(path, &attr, &mut tokio::io::stdout()).await;
     }

@@ -232,7 +232,7 @@ fn columns(names: &[String], width: usize) -> String {
 }
 
 /// What a directory's entries look like in JSON, nested. Shared with `tree`.
-pub fn nested(path: &[u8], attr: &Attr, children: Vec<Value>) -> Value {
+pub fn nested(path: &[u8], attr: &Attr, children: &[Value]) -> Value {
     let mut value = format::attr_json(path, attr, None);
     if attr.kind() == Kind::Dir {
         value["entries"] = json!(children);

@@ -6,12 +6,11 @@ use crate::error::{About, CliError};
 use crate::format;
 use crate::remote::{Remote, base_name};
 use crate::transfer::upload::Upload;
-use crate::transfer::{Options, Stop};
+use crate::transfer::{Options, Progress};
 use serde_json::json;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -47,16 +46,11 @@ pub async fn run(context: &Context, args: Args) -> Result {
                 remote: remote.clone(),
                 env: context.env.clone(),
                 options,
-                bar: context.output.progress(total),
-                stop: Stop::catch().about("catching signals")?,
-                files: AtomicU64::new(0),
-                bytes: AtomicU64::new(0),
-                errors: AtomicU64::new(0),
+                progress: Progress::new(context.output, total).about("catching signals")?,
             };
             let result = put_all(remote, &upload, &sources, &args.target.into_vec()).await;
-            upload.bar.finish_and_clear();
-            let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-            let (files, bytes, errors) = (count(&upload.files), count(&upload.bytes), count(&upload.errors));
+            upload.progress.bar.finish_and_clear();
+            let (files, bytes, errors) = upload.progress.counts();
             if matches!(result, Err(CliError::Interrupted | CliError::Usage(_))) {
                 return result;
             }
@@ -80,7 +74,7 @@ async fn put_all(remote: &Remote, upload: &Upload, sources: &[PathBuf], target: 
     }
     let mut each = Each::new();
     for source in sources {
-        upload.bar.set_message(source.display().to_string());
+        upload.progress.bar.set_message(source.display().to_string());
         let result = match name_of(source) {
             Ok(name) => match remote.destination(target, &name).await {
                 Ok(place) => upload.path(source, place).await,

@@ -58,7 +58,7 @@ pub async fn ask(context: &Context, sessions: bool) -> Result<StatusReply> {
         match answer.await {
             Ok(Ok(status)) if !status.cluster_id.is_empty() => return Ok(status),
             Ok(Ok(status)) if status.leader.is_empty() => {
-                causes.push(format!("{address}: no leader is known"))
+                causes.push(format!("{address}: no leader is known"));
             }
             // The leader goes first; the others stay for the case that it has just died.
             Ok(Ok(status)) => todo.push_front(status.leader),

@@ -35,7 +35,9 @@ pub async fn run(context: &Context, args: Args) -> Result {
     let mut done = Vec::new();
     for point in wanted {
         let path = point.clone();
-        let synced = tokio::task::spawn_blocking(move || File::open(path)?.sync_all()).await.map_err(std::io::Error::other);
+        let synced = tokio::task::spawn_blocking(move || File::open(path)?.sync_all())
+            .await
+            .map_err(std::io::Error::other);
         if each.note(synced.and_then(|result| result).about(point.display()))?.is_some() {
             done.push(point.display().to_string());
         }

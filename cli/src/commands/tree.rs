@@ -67,14 +67,14 @@ pub async fn run(context: &Context, args: Args) -> Result {
 impl Walk<'_> {
     async fn below(&mut self, path: Vec<u8>, attr: Attr, indent: String, level: u32) -> Result<Value> {
         if attr.kind() != Kind::Dir || level > self.args.level.unwrap_or(DEPTH_MAX) {
-            return Ok(nested(&path, &attr, Vec::new()));
+            return Ok(nested(&path, &attr, &[]));
         }
         let mut entries = match self.remote.list(InodeNo(attr.ino), &path).await {
             Ok(entries) => entries,
             Err(CliError::Failed(line)) => {
                 eprintln!("dfs: {line}");
                 self.failed = true;
-                return Ok(nested(&path, &attr, Vec::new()));
+                return Ok(nested(&path, &attr, &[]));
             }
             Err(error) => return Err(error),
         };
@@ -110,6 +110,6 @@ impl Walk<'_> {
                 children.push(child);
             }
         }
-        Ok(nested(&path, &attr, children))
+        Ok(nested(&path, &attr, &children))
     }
 }

@@ -1,8 +1,6 @@
 //! From the cluster into local files and pipes. A local file appears under its name when it is whole.
 
-use super::{
-    FILES_AT_ONCE, FILES_WAITING, Options, PIECE, PIECES_AT_ONCE, STEP, Stop, ranges, temporary_name,
-};
+use super::{Options, PIECE, PIECES_AT_ONCE, Progress, STEP, ranges, temporary_name};
 use crate::Result;
 use crate::error::{About, CliError};
 use crate::format;
@@ -13,8 +11,7 @@ use dfs_client::v1::Kind;
 use dfs_client::{InodeNo, OpenFile, OpenFlags, SeekKind};
 use dfs_env::Env;
 use dfs_proto::error::ErrorCode;
-use futures::{StreamExt, TryStreamExt};
-use indicatif::ProgressBar;
+use futures::TryStreamExt;
 use std::ffi::OsStr;
 use std::fs::{File, FileTimes};
 use std::ops::Range;
@@ -22,23 +19,18 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 
 const READ: OpenFlags =
     OpenFlags { read: true, write: false, append: false, truncate: false, exec: false, sync: false };
 
-/// What a download needs and counts.
+/// What a download needs.
 pub struct Download {
     pub remote: Remote,
     pub env: Env,
     pub options: Options,
-    pub bar: ProgressBar,
-    pub stop: Stop,
-    pub files: AtomicU64,
-    pub bytes: AtomicU64,
-    pub errors: AtomicU64,
+    pub progress: Progress,
 }
 
 /// One entry of a tree, on its way.
@@ -72,13 +64,13 @@ impl Download {
                 }
                 output.write_all(&block).await.about("standard output")?;
                 at += block.len() as u64;
-                self.moved(block.len() as u64);
+                self.progress.moved(block.len() as u64);
             }
         };
-        let copied = self.stop.or(copy).await;
+        let copied = self.progress.stop.or(copy).await;
         let released = self.remote.client.release(Arc::clone(&open)).await.about(&shown);
         copied?;
-        self.files.fetch_add(1, Ordering::Relaxed);
+        self.progress.file_done();
         released
     }
 
@@ -91,7 +83,7 @@ impl Download {
         if attr.kind() == Kind::Symlink {
             let target = self.remote.client.readlink(InodeNo(attr.ino)).await.about(format::name(path))?;
             std::os::unix::fs::symlink(OsStr::from_bytes(&target), local).about(local.display())?;
-            self.files.fetch_add(1, Ordering::Relaxed);
+            self.progress.file_done();
             return Ok(());
         }
         only_files(path, attr)?;
@@ -126,14 +118,14 @@ impl Download {
             self.finish(attr, &file).about(local.display())?;
             std::fs::rename(&part, local).about(local.display())
         };
-        let result = self.stop.or(work).await;
+        let result = self.progress.stop.or(work).await;
         if result.is_err()
             && let Err(error) = std::fs::remove_file(&part)
         {
             tracing::warn!(%error, part = %part.display(), "a temporary file stays behind");
         }
         result?;
-        self.files.fetch_add(1, Ordering::Relaxed);
+        self.progress.file_done();
         Ok(())
     }
 
@@ -201,7 +193,7 @@ impl Download {
                 let length = block.len() as u64;
                 write_block(file, at, block).await.about(local.display())?;
                 at += length;
-                self.moved(length);
+                self.progress.moved(length);
             }
             Ok(())
         };
@@ -233,34 +225,12 @@ impl Download {
         Ok(found)
     }
 
-    fn moved(&self, bytes: u64) {
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.bar.inc(bytes);
-    }
-
-    fn counted(&self, result: Result) {
-        if let Err(error) = result {
-            self.errors.fetch_add(1, Ordering::Relaxed);
-            if let Some(line) = error.line() {
-                self.bar.suspend(|| eprintln!("dfs: {line}"));
-            }
-        }
-    }
-
     /// Downloads a tree: one task walks and makes directories, several move files.
     async fn tree(&self, path: &[u8], attr: &Attr, local: &Path) -> Result {
-        let (sender, receiver) = mpsc::channel::<Job>(FILES_WAITING);
-        let jobs = futures::stream::unfold(receiver, |mut receiver| async move {
-            receiver.recv().await.map(|job| (job, receiver))
-        });
-        let moving = jobs.for_each_concurrent(FILES_AT_ONCE, |job| async move {
-            if !self.stop.is_stopped() {
-                self.counted(self.entry(&job.path, &job.attr, &job.local).await);
-            }
-        });
-        let (walked, ()) = tokio::join!(self.walk(path, attr, local, sender), moving);
-        walked?;
-        if self.stop.is_stopped() { Err(CliError::Interrupted) } else { Ok(()) }
+        let walk = |jobs| self.walk(path, attr, local, jobs);
+        self.progress
+            .tree(walk, |job: Job| async move { self.entry(&job.path, &job.attr, &job.local).await })
+            .await
     }
 
     async fn walk(&self, path: &[u8], attr: &Attr, local: &Path, jobs: mpsc::Sender<Job>) -> Result {
@@ -274,19 +244,19 @@ impl Download {
             let entries = match listed {
                 Err(error) if first => return Err(error),
                 Err(error) => {
-                    self.counted(Err(error));
+                    self.progress.note(Err(error));
                     continue;
                 }
                 Ok(entries) => entries,
             };
             first = false;
             for entry in entries {
-                if self.stop.is_stopped() {
+                if self.progress.stop.is_stopped() {
                     return Err(CliError::Interrupted);
                 }
                 // No server may lead us out of the directory.
                 if entry.name.contains(&b'/') || matches!(&entry.name[..], b"" | b"." | b"..") {
-                    self.counted(Err(CliError::failed(
+                    self.progress.note(Err(CliError::failed(
                         format::name(&path),
                         "has an entry with an impossible name",
                     )));
@@ -294,7 +264,8 @@ impl Download {
                 }
                 let (path, local) = (join(&path, &entry.name), local.join(OsStr::from_bytes(&entry.name)));
                 let Some(attr) = entry.attr else {
-                    self.counted(Err(CliError::failed(format::name(&path), "vanished while it was copied")));
+                    self.progress
+                        .note(Err(CliError::failed(format::name(&path), "vanished while it was copied")));
                     continue;
                 };
                 if attr.kind() == Kind::Dir {

@@ -4,8 +4,13 @@ pub mod download;
 pub mod ranges;
 pub mod upload;
 
+use crate::Result;
 use crate::error::CliError;
-use tokio::sync::watch;
+use crate::output::Output;
+use futures::StreamExt;
+use indicatif::ProgressBar;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::sync::{mpsc, watch};
 
 /// How much is read or written in one step, in bytes.
 pub const STEP: usize = 1 << 20;
@@ -14,9 +19,9 @@ pub const PIECE: u64 = 64 << 20;
 /// How many pieces of one file are moved at a time.
 pub const PIECES_AT_ONCE: usize = 4;
 /// How many files are moved at a time.
-pub const FILES_AT_ONCE: usize = 16;
+const FILES_AT_ONCE: usize = 16;
 /// How many files may wait for their turn.
-pub const FILES_WAITING: usize = 256;
+const FILES_WAITING: usize = 256;
 
 /// How files are moved.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +32,76 @@ pub struct Options {
     pub preserve: bool,
     /// What is there stays.
     pub keep_existing: bool,
+}
+
+/// What is going on: a bar for the user, counts for the summary, and whether to go on.
+pub struct Progress {
+    pub bar: ProgressBar,
+    pub stop: Stop,
+    files: AtomicU64,
+    bytes: AtomicU64,
+    errors: AtomicU64,
+}
+
+impl Progress {
+    /// Nothing moved yet of `total` bytes (`None`: unknown).
+    pub fn new(output: Output, total: Option<u64>) -> std::io::Result<Self> {
+        Ok(Self {
+            bar: output.progress(total),
+            stop: Stop::catch()?,
+            files: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
+        })
+    }
+
+    /// Bytes have been moved.
+    pub fn moved(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.bar.inc(bytes);
+    }
+
+    /// A file is complete.
+    pub fn file_done(&self) {
+        self.files.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Reports an error of one file of many; the others go on.
+    pub fn note(&self, result: Result) {
+        if let Err(error) = result {
+            self.errors.fetch_add(1, Ordering::Relaxed);
+            if let Some(line) = error.line() {
+                self.bar.suspend(|| eprintln!("dfs: {line}"));
+            }
+        }
+    }
+
+    /// Files and bytes moved, and files that failed.
+    pub fn counts(&self) -> (u64, u64, u64) {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (count(&self.files), count(&self.bytes), count(&self.errors))
+    }
+
+    /// Moves a tree: `walk` finds what is in it and sends it; several at a time are moved by `work`.
+    pub async fn tree<J, W: Future<Output = Result>, M: Future<Output = Result>>(
+        &self,
+        walk: impl FnOnce(mpsc::Sender<J>) -> W,
+        work: impl Fn(J) -> M,
+    ) -> Result {
+        let (sender, receiver) = mpsc::channel(FILES_WAITING);
+        let jobs = futures::stream::unfold(receiver, |mut receiver| async move {
+            receiver.recv().await.map(|job| (job, receiver))
+        });
+        let work = &work;
+        let moving = jobs.for_each_concurrent(FILES_AT_ONCE, |job| async move {
+            if !self.stop.is_stopped() {
+                self.note(work(job).await);
+            }
+        });
+        let (walked, ()) = tokio::join!(walk(sender), moving);
+        walked?;
+        if self.stop.is_stopped() { Err(CliError::Interrupted) } else { Ok(()) }
+    }
 }
 
 /// Tells when the user interrupts, so that nothing half done stays behind.
@@ -62,7 +137,7 @@ impl Stop {
     }
 
     /// Runs `work` unless the user interrupts.
-    pub async fn or<T>(&self, work: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
+    pub async fn or<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
             biased;
             () = self.stopped() => Err(CliError::Interrupted),

@@ -28,7 +28,7 @@ pub fn local_data(file: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
 
 /// One range over all of a file.
 pub fn whole(size: u64) -> Vec<Range<u64>> {
-    if size == 0 { Vec::new() } else { Vec::from([0..size]) }
+    (size > 0).then_some(0..size).into_iter().collect()
 }
 
 /// The ranges cut at multiples of `piece` bytes.

@@ -1,9 +1,7 @@
 //! From local files and pipes into the cluster. A file appears under its name when it is whole: it is written under a
 //! temporary name, flushed, and renamed.
 
-use super::{
-    FILES_AT_ONCE, FILES_WAITING, Options, PIECE, PIECES_AT_ONCE, STEP, Stop, ranges, temporary_name,
-};
+use super::{Options, PIECE, PIECES_AT_ONCE, Progress, STEP, ranges, temporary_name};
 use crate::Result;
 use crate::error::{About, CliError};
 use crate::format;
@@ -11,27 +9,21 @@ use crate::remote::{Place, Remote, join};
 use dfs_client::v1::{Attr, Create, Kind, SetAttr, Timestamp};
 use dfs_client::{InodeNo, OpenFile, OpenFlags};
 use dfs_env::Env;
-use futures::{StreamExt, TryStreamExt};
-use indicatif::ProgressBar;
+use futures::TryStreamExt;
 use std::fs::{File, Metadata};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::mpsc;
 
-/// What an upload needs and counts.
+/// What an upload needs.
 pub struct Upload {
     pub remote: Remote,
     pub env: Env,
     pub options: Options,
-    pub bar: ProgressBar,
-    pub stop: Stop,
-    pub files: AtomicU64,
-    pub bytes: AtomicU64,
-    pub errors: AtomicU64,
+    pub progress: Progress,
 }
 
 /// One file of a tree, on its way.
@@ -89,7 +81,7 @@ impl Upload {
                 }
                 self.remote.client.write(&open, at, &buffer[..filled]).await.about(place.shown())?;
                 at += filled as u64;
-                self.moved(filled as u64);
+                self.progress.moved(filled as u64);
             }
         })
         .await
@@ -138,7 +130,7 @@ impl Upload {
                 .await
                 .about(place.shown())
         };
-        let result = self.stop.or(work).await;
+        let result = self.progress.stop.or(work).await;
         if result.is_err() {
             // The first error is what the user must hear of; a temporary file that stays is hidden, and named so.
             if let Err(error) = client.unlink(cred, place.parent, &name).await {
@@ -148,7 +140,7 @@ impl Upload {
         let released = client.release(open).await.about(place.shown());
         result?;
         released?;
-        self.files.fetch_add(1, Ordering::Relaxed);
+        self.progress.file_done();
         Ok(())
     }
 
@@ -189,7 +181,7 @@ impl Upload {
                         }
                         self.remote.client.write(&open, at, &block).await.about(local.display())?;
                         at += block.len() as u64;
-                        self.moved(block.len() as u64);
+                        self.progress.moved(block.len() as u64);
                     }
                     Ok(())
                 }
@@ -198,35 +190,10 @@ impl Upload {
         Ok(size)
     }
 
-    fn moved(&self, bytes: u64) {
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.bar.inc(bytes);
-    }
-
     /// Uploads a tree: one task walks and makes directories, several move files.
     async fn tree(&self, local: &Path, place: Place) -> Result {
-        let (sender, receiver) = mpsc::channel::<Job>(FILES_WAITING);
-        let jobs = futures::stream::unfold(receiver, |mut receiver| async move {
-            receiver.recv().await.map(|job| (job, receiver))
-        });
-        let moving = jobs.for_each_concurrent(FILES_AT_ONCE, |job| async move {
-            if !self.stop.is_stopped() {
-                self.counted(self.entry(&job.local, &job.place).await);
-            }
-        });
-        let (walked, ()) = tokio::join!(self.walk(local, place, sender), moving);
-        walked?;
-        if self.stop.is_stopped() { Err(CliError::Interrupted) } else { Ok(()) }
-    }
-
-    /// Reports an error of one file of many; the others go on.
-    fn counted(&self, result: Result) {
-        if let Err(error) = result {
-            self.errors.fetch_add(1, Ordering::Relaxed);
-            if let Some(line) = error.line() {
-                self.bar.suspend(|| eprintln!("dfs: {line}"));
-            }
-        }
+        let walk = |jobs| self.walk(local, place, jobs);
+        self.progress.tree(walk, |job: Job| async move { self.entry(&job.local, &job.place).await }).await
     }
 
     /// Makes the directories of a tree and sends what is in them. An error ends a directory, not the walk.
@@ -239,14 +206,14 @@ impl Upload {
                 // Nothing can be done when even the top fails.
                 Err(error) if first => return Err(error),
                 Err(error) => {
-                    self.counted(Err(error));
+                    self.progress.note(Err(error));
                     continue;
                 }
                 Ok(listed) => listed,
             };
             first = false;
             for name in names {
-                if self.stop.is_stopped() {
+                if self.progress.stop.is_stopped() {
                     return Err(CliError::Interrupted);
                 }
                 let child = local.join(&name);
@@ -255,7 +222,7 @@ impl Upload {
                 let attr = match found {
                     Ok(attr) => attr,
                     Err(error) => {
-                        self.counted(Err(error));
+                        self.progress.note(Err(error));
                         continue;
                     }
                 };
@@ -341,7 +308,7 @@ impl Upload {
             ..Create::default()
         };
         self.remote.client.create(&self.remote.cred, what).await.about(place.shown())?;
-        self.files.fetch_add(1, Ordering::Relaxed);
+        self.progress.file_done();
         Ok(())
     }
 }
