@@ -79,7 +79,12 @@ async fn rename_exchanges_and_refuses_to_replace() {
     let c = make(&client, ROOT, "c", v1::Kind::File).await;
     client.rename(&root(), ROOT, b"c", ROOT, b"b", false, false).await.expect("replaced");
     assert_eq!(client.lookup(&root(), ROOT, b"b").await.map(|found| found.ino), Ok(c.ino));
-    assert_eq!(names(&client, ROOT).await.len(), 2);
+    client.link(&root(), ino(&c), ROOT, b"also c").await.expect("linked");
+    client.rename(&root(), ROOT, b"b", ROOT, b"also c", false, false).await.expect("nothing to do");
+    for name in [&b"b"[..], b"also c"] {
+        assert_eq!(client.lookup(&root(), ROOT, name).await.map(|found| found.ino), Ok(c.ino));
+    }
+    assert_eq!(names(&client, ROOT).await.len(), 3);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

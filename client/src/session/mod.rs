@@ -61,12 +61,14 @@ impl Session {
             return Err(FsError::new(ErrorCode::ErrorInvalid, "no masters are configured"));
         }
         let host = if config.host.is_empty() { settings::host_name() } else { config.host.clone() };
+        let mut state = State::new(env.random(), config.cluster_id.clone());
+        state.cause = format!("no answer from {}", config.masters.join(", "));
         let shared = Arc::new(Shared {
             masters: config.masters.clone(),
             name: config.name.clone(),
             host,
             operation_timeout: config.operation_timeout,
-            state: Mutex::new(State::new(env.random(), config.cluster_id.clone())),
+            state: Mutex::new(state),
             window: Semaphore::new(limits::SESSION_WINDOW),
             time: Mutex::new((Timestamp::from_system(env.clock.system()), env.clock.boot())),
             session: watch::Sender::new(SessionId(0)),

@@ -134,33 +134,7 @@ impl Client {
         cache.forget_attr(new_parent);
         match answer {
             Ok(answer::Body::Renamed(renamed)) => {
-                let ino = |attr: &Option<Attr>| attr.as_ref().map(|attr| InodeNo(attr.ino));
-                // The old name first: both may be the same (a rename onto another link of the same inode does nothing).
-                match (exchange, ino(&renamed.moved), ino(&renamed.replaced)) {
-                    (_, None, _) => {
-                        cache.forget_name(parent, name);
-                        cache.forget_name(new_parent, new_name);
-                    }
-                    (true, Some(moved), replaced) => {
-                        match replaced {
-                            Some(replaced) => cache.set_name(parent, name, Some(replaced)),
-                            None => cache.forget_name(parent, name),
-                        }
-                        cache.set_name(new_parent, new_name, Some(moved));
-                    }
-                    (false, Some(moved), replaced) => {
-                        // Renaming one link onto another of the same inode leaves both names.
-                        if replaced == Some(moved) || (parent, name) == (new_parent, new_name) {
-                            cache.forget_name(parent, name);
-                        } else {
-                            cache.set_name(parent, name, None);
-                        }
-                        cache.set_name(new_parent, new_name, Some(moved));
-                    }
-                }
-                for attr in [renamed.moved, renamed.replaced].into_iter().flatten() {
-                    self.inner.learn_linked(&attr);
-                }
+                self.inner.renamed((parent, name), (new_parent, new_name), exchange, &renamed);
                 Ok(())
             }
             Ok(other) => Err(unexpected(&other)),
@@ -243,6 +217,29 @@ impl Inner {
                 self.cache.forget_attr(parent);
                 Err(error)
             }
+        }
+    }
+
+    /// Keeps what a rename did to two names.
+    fn renamed(&self, old: (InodeNo, &[u8]), new: (InodeNo, &[u8]), exchange: bool, renamed: &v1::Renamed) {
+        let ino = |attr: &Option<Attr>| attr.as_ref().map(|attr| InodeNo(attr.ino));
+        let (moved, replaced) = (ino(&renamed.moved), ino(&renamed.replaced));
+        // Renaming one link onto another of the same inode leaves both names, and is answered as if nothing had been
+        // replaced: with several links nobody can tell.
+        let links = |attr: &Attr| !is_dir(attr) && attr.nlink > 1;
+        let same = old == new || (replaced.is_none() && renamed.moved.as_ref().is_some_and(links));
+        match (exchange, replaced) {
+            (true, None) => self.cache.forget_name(old.0, old.1),
+            (false, _) if moved.is_none() || same => self.cache.forget_name(old.0, old.1),
+            (true, Some(replaced)) => self.cache.set_name(old.0, old.1, Some(replaced)),
+            (false, _) => self.cache.set_name(old.0, old.1, None),
+        }
+        match moved {
+            Some(moved) => self.cache.set_name(new.0, new.1, Some(moved)),
+            None => self.cache.forget_name(new.0, new.1),
+        }
+        for attr in [renamed.moved, renamed.replaced].into_iter().flatten() {
+            self.learn_linked(&attr);
         }
     }
 
