@@ -5,6 +5,7 @@ use clap::error::ErrorKind;
 use dfs_env::Env;
 use dfs_master::{Config, Master, StartError};
 use sd_notify::NotifyState;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -46,11 +47,14 @@ fn main() -> ExitCode {
             return fail(USAGE, &format!("{line} (see --help)"));
         }
     };
-    let filter = match EnvFilter::try_new(&arguments.log) {
+    // Raft's own log is for those who ask for it.
+    let log = if arguments.log == "info" { "info,openraft=warn" } else { &arguments.log };
+    let filter = match EnvFilter::try_new(log) {
         Ok(filter) => filter,
         Err(error) => return fail(USAGE, &format!("--log {:?}: {error}", arguments.log)),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let terminal = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(terminal).with_writer(std::io::stderr).init();
 
     let env = Env::real();
     let config = match Config::load(&env, &arguments.config) {

@@ -2,7 +2,8 @@
 //!
 //! Replicas go to distinct hosts as long as there are any, then to distinct daemons; among those to a random one,
 //! weighted by free space, so that a new daemon fills faster without taking every write at once. Suspect and dead
-//! daemons get nothing. With fewer daemons than wanted a chunk gets as many replicas as there are.
+//! daemons get nothing; one that is merely doubted gets something only when there would be too few replicas without it.
+//! With fewer daemons than wanted a chunk gets as many replicas as there are.
 
 use dfs_proto::limits::RECORD_MAX;
 use dfs_proto::{ByteLen, NodeId};
@@ -11,6 +12,8 @@ use dfs_proto::{ByteLen, NodeId};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Health {
     Up,
+    /// It lives, but a client could not append to it lately.
+    Doubted,
     Suspect,
     Dead,
 }
@@ -20,7 +23,7 @@ impl Health {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Up => "up",
+            Self::Up | Self::Doubted => "up",
             Self::Suspect => "suspect",
             Self::Dead => "dead",
         }
@@ -72,7 +75,7 @@ impl Placement for SpreadByHost {
         capacity: ByteLen,
         random: &mut dyn FnMut() -> u64,
     ) -> Result<Vec<NodeId>, NoPlace> {
-        let mut up: Vec<&Candidate> = candidates.iter().filter(|c| c.health == Health::Up).collect();
+        let mut up: Vec<&Candidate> = candidates.iter().filter(|c| c.health <= Health::Doubted).collect();
         if up.is_empty() {
             return Err(NoPlace::NoNodes);
         }
@@ -85,9 +88,15 @@ impl Placement for SpreadByHost {
         }
         let mut chosen: Vec<&Candidate> = Vec::with_capacity(replicas);
         while chosen.len() < replicas.max(1) && !up.is_empty() {
-            let fresh: Vec<usize> =
-                (0..up.len()).filter(|at| chosen.iter().all(|c| c.host != up[*at].host)).collect();
-            let pool = if fresh.is_empty() { (0..up.len()).collect() } else { fresh };
+            let fresh = |at: &usize| chosen.iter().all(|c| c.host != up[*at].host);
+            let trusted = |at: &usize| up[*at].health == Health::Up;
+            let choices = [
+                (0..up.len()).filter(|at| trusted(at) && fresh(at)).collect::<Vec<_>>(),
+                (0..up.len()).filter(trusted).collect(),
+                (0..up.len()).filter(fresh).collect(),
+                (0..up.len()).collect(),
+            ];
+            let Some(pool) = choices.into_iter().find(|pool| !pool.is_empty()) else { break };
             let at = weighted(&pool, |at| up[at].free.get(), random());
             chosen.push(up.remove(at));
         }
@@ -163,6 +172,24 @@ mod tests {
         ];
         assert_eq!(SpreadByHost.place(&nodes, 3, CHUNK, &mut numbers(1)), Ok(vec![NodeId(3)]));
         assert_eq!(SpreadByHost.place(&nodes[..2], 3, CHUNK, &mut numbers(1)), Err(NoPlace::NoNodes));
+    }
+
+    #[test]
+    fn a_doubted_daemon_is_used_only_when_there_are_too_few_others() {
+        let mut nodes = vec![
+            candidate(1, "a", GIB, Health::Up),
+            candidate(2, "b", GIB, Health::Doubted),
+            candidate(3, "c", GIB, Health::Up),
+        ];
+        for seed in 0..50 {
+            let two = SpreadByHost.place(&nodes, 2, CHUNK, &mut numbers(seed)).expect("there is space");
+            assert!(!two.contains(&NodeId(2)), "{two:?}");
+            let three = SpreadByHost.place(&nodes, 3, CHUNK, &mut numbers(seed)).expect("there is space");
+            assert_eq!(three[2], NodeId(2), "last, so that it leads no chain");
+        }
+        nodes.truncate(2);
+        nodes[0].health = Health::Dead;
+        assert_eq!(SpreadByHost.place(&nodes, 3, CHUNK, &mut numbers(1)), Ok(vec![NodeId(2)]));
     }
 
     #[test]

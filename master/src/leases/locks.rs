@@ -372,8 +372,8 @@ mod tests {
         Lock { owner, range: Range { start, end }, kind, pid: 1 }
     }
 
-    fn waiting(outcome: (Outcome, Vec<WaiterId>)) -> WaiterId {
-        match outcome.0 {
+    fn waiting((outcome, _granted): (Outcome, Vec<WaiterId>)) -> WaiterId {
+        match outcome {
             Outcome::Waiting(id) => id,
             other => panic!("expected to wait, got {other:?}"),
         }

@@ -128,7 +128,7 @@ fn warnings(
     for (node, found, failed) in nodes {
         if node.state != "up" {
             warnings.push(format!(
-                "chunk daemon {} at {} is {}, last seen {} s ago",
+                "chunk daemon {:016x} at {} is {}, last seen {} s ago",
                 node.node,
                 node.address,
                 node.state,
@@ -136,16 +136,16 @@ fn warnings(
             ));
         }
         if found.damaged > 0 {
-            warnings.push(format!("chunk daemon {} has {} damaged replicas", node.node, found.damaged));
+            warnings.push(format!("chunk daemon {:016x} has {} damaged replicas", node.node, found.damaged));
         }
         if found.unknown > 0 {
             warnings.push(format!(
-                "chunk daemon {} has {} chunks that this cluster does not know; they are left alone",
+                "chunk daemon {:016x} has {} chunks that this cluster does not know; they are left alone",
                 node.node, found.unknown
             ));
         }
         for path in failed {
-            warnings.push(format!("chunk daemon {}: the directory {path} has failed", node.node));
+            warnings.push(format!("chunk daemon {:016x}: the directory {path} has failed", node.node));
         }
     }
     if census.unavailable > 0 {

@@ -104,7 +104,7 @@ async fn hello(shared: Arc<Shared>, mut inbound: Streaming<NodeFrame>) -> Option
         }
         Err(why) => {
             if let Refusal::Failed(error) = &why {
-                tracing::warn!(node, %error, "a chunk daemon was refused");
+                tracing::warn!(node = format_args!("{node:016x}"), %error, "a chunk daemon was refused");
             }
             Some((Ok(refusal(why)), Stage::Over))
         }
@@ -135,7 +135,11 @@ async fn admit(
     }
     // Another process may have come in between.
     term.nodes.admit(id, hello.instance)?;
-    tracing::info!(node = %id, address = row.address, "a chunk daemon attached");
+    tracing::info!(
+        node = format_args!("{:016x}", id.get()),
+        address = row.address,
+        "a chunk daemon attached"
+    );
     let Attached { generation, orders } = term.nodes.attach(row, hello.instance);
     let ended = term.ended();
     Ok(NodeLink { term, node: id, generation, inbound, orders, ended })
@@ -208,11 +212,18 @@ impl NodeLink {
                     Err(Superseded) => return None,
                 },
                 Ok(None) => {
-                    tracing::info!(node = %self.node, "a chunk daemon detached");
+                    tracing::info!(
+                        node = format_args!("{:016x}", self.node.get()),
+                        "a chunk daemon detached"
+                    );
                     return None;
                 }
                 Err(status) => {
-                    tracing::info!(node = %self.node, error = status.message(), "a chunk daemon is gone");
+                    tracing::info!(
+                        node = format_args!("{:016x}", self.node.get()),
+                        error = status.message(),
+                        "a chunk daemon is gone"
+                    );
                     return None;
                 }
             }

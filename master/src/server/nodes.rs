@@ -16,6 +16,16 @@ const ORDER_QUEUE: usize = 256;
 /// Deletions kept for a daemon that is away; beyond, its replicas stay until it is scrubbed.
 const DELETES_MAX: usize = 1 << 18;
 
+/// Reports of failed appends that come within this time speak of one incident.
+const INCIDENT: Duration = Duration::from_secs(2);
+/// For how long one incident makes a daemon doubted, and a second one makes it suspect.
+const DOUBT: Duration = Duration::from_secs(5);
+const DISTRUST: Duration = Duration::from_secs(10);
+/// An incident is the second one when the first was not longer ago.
+const MEMORY: Duration = Duration::from_secs(30);
+/// A daemon that clients complain about and that missed its last heartbeat is not doubted but suspect.
+const BEAT_MISSED: Duration = Duration::from_millis(HEARTBEAT_MS * 3 / 2);
+
 /// Why an order was not carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum OrderError {
@@ -41,10 +51,19 @@ struct Node {
     /// Time since boot at its last frame, or at the election.
     seen: Duration,
     heartbeat: Option<Heartbeat>,
-    /// When a client could not append to it. It counts until a heartbeat comes in well after it.
-    suspected: Option<Duration>,
+    /// The last time that clients could not append to it.
+    complaint: Option<Complaint>,
     deletes: BTreeSet<ChunkId>,
     found: Found,
+}
+
+/// A daemon that beats may still be out of a client's reach, or too slow. Leaving it out at the first complaint would cost
+/// new chunks a replica whenever a machine is busy; never leaving it out would make some clients fail for ever.
+#[derive(Clone, Copy, Debug)]
+struct Complaint {
+    /// When the incident began.
+    since: Duration,
+    repeated: bool,
 }
 
 /// What a daemon's report showed beside what was expected.
@@ -104,7 +123,7 @@ impl Nodes {
         match &known.link {
             Some(link) if link.instance != instance && alive => Err(FsError::new(
                 ErrorCode::ErrorConflict,
-                format!("node {node} is in use by another daemon at {}", known.row.address),
+                format!("node {:016x} is in use by another daemon at {}", node.get(), known.row.address),
             )),
             Some(_) | None => Ok(()),
         }
@@ -150,9 +169,6 @@ impl Nodes {
         if let Some(heartbeat) = heartbeat {
             let first = node.heartbeat.is_none();
             node.heartbeat = Some(heartbeat);
-            if node.suspected.is_some_and(|since| now > since + Duration::from_millis(HEARTBEAT_MS)) {
-                node.suspected = None;
-            }
             drop(table);
             if first {
                 // Its space is known from now on: an allocation may be waiting for that.
@@ -166,7 +182,12 @@ impl Nodes {
     pub fn suspect(&self, node: NodeId) {
         let now = self.clock.boot();
         if let Some(node) = self.table().nodes.get_mut(&node) {
-            node.suspected = Some(now);
+            let since = match node.complaint {
+                Some(last) if now < last.since + INCIDENT => return,
+                last => last.map(|last| last.since),
+            };
+            let repeated = since.is_some_and(|since| now < since + MEMORY);
+            node.complaint = Some(Complaint { since: now, repeated });
         }
     }
 
@@ -370,7 +391,7 @@ impl Node {
             link: None,
             seen: now,
             heartbeat: None,
-            suspected: None,
+            complaint: None,
             deletes: BTreeSet::new(),
             found: Found::default(),
         }
@@ -381,12 +402,115 @@ impl Node {
         if silent >= Duration::from_millis(NODE_DEAD_MS) {
             return Health::Dead;
         }
-        let quiet = silent >= Duration::from_millis(NODE_SUSPECT_MS);
-        if quiet || self.link.is_none() || self.suspected.is_some() { Health::Suspect } else { Health::Up }
+        if silent >= Duration::from_millis(NODE_SUSPECT_MS) || self.link.is_none() {
+            return Health::Suspect;
+        }
+        match self.complaint {
+            Some(Complaint { since, repeated: true }) if now < since + DISTRUST => Health::Suspect,
+            Some(Complaint { since, repeated: false }) if now < since + DOUBT => {
+                if silent >= BEAT_MISSED {
+                    Health::Suspect
+                } else {
+                    Health::Doubted
+                }
+            }
+            Some(_) | None => Health::Up,
+        }
     }
 }
 
 /// A duration in whole milliseconds.
 pub fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seconds(seconds: f64) -> Duration {
+        Duration::from_secs_f64(seconds)
+    }
+
+    struct Stopped;
+    impl Clock for Stopped {
+        fn system(&self) -> std::time::SystemTime {
+            std::time::UNIX_EPOCH
+        }
+        fn boot(&self) -> Duration {
+            seconds(100.0)
+        }
+    }
+
+    fn node(complaint: Option<Complaint>) -> Node {
+        let (orders, _) = mpsc::channel(1);
+        let mut node = Node::new(NodeRow::default(), seconds(100.0));
+        node.link = Some(Link { instance: 1, generation: 1, orders, pending: BTreeMap::new() });
+        node.complaint = complaint;
+        node
+    }
+
+    #[test]
+    fn silence_makes_a_daemon_suspect_and_then_dead_and_a_lost_stream_suspect_at_once() {
+        let mut node = node(None);
+        assert_eq!(node.health(seconds(102.9)), Health::Up);
+        assert_eq!(node.health(seconds(103.0)), Health::Suspect);
+        assert_eq!(node.health(seconds(110.0)), Health::Dead);
+        node.link = None;
+        assert_eq!(node.health(seconds(100.0)), Health::Suspect);
+    }
+
+    #[test]
+    fn one_complaint_makes_a_daemon_doubted_and_a_second_one_suspect() {
+        let first = node(Some(Complaint { since: seconds(99.0), repeated: false }));
+        assert_eq!(first.health(seconds(100.5)), Health::Doubted);
+        assert_eq!(first.health(seconds(101.5)), Health::Suspect, "it missed a heartbeat");
+        let mut beaten = first;
+        beaten.seen = seconds(104.5);
+        assert_eq!(beaten.health(seconds(104.5)), Health::Up);
+        let again = node(Some(Complaint { since: seconds(99.0), repeated: true }));
+        assert_eq!(again.health(seconds(100.5)), Health::Suspect);
+    }
+
+    #[test]
+    fn complaints_of_one_incident_count_once() {
+        let row = NodeRow { node: 1, ..NodeRow::default() };
+        let nodes = Nodes::new(Arc::new(Stopped), vec![row.clone()], seconds(100.0));
+        let _attached = nodes.attach(row, 1);
+        nodes.suspect(NodeId(1));
+        nodes.suspect(NodeId(1));
+        assert_eq!(nodes.health(NodeId(1)), Health::Doubted);
+        if let Some(node) = nodes.table().nodes.get_mut(&NodeId(1)) {
+            node.complaint = Some(Complaint { since: seconds(95.0), repeated: false });
+        }
+        nodes.suspect(NodeId(1));
+        assert_eq!(nodes.health(NodeId(1)), Health::Suspect);
+    }
+
+    #[tokio::test]
+    async fn orders_wait_for_daemons_that_are_away_but_not_for_dead_ones() {
+        let row = NodeRow { node: 1, ..NodeRow::default() };
+        let nodes = Nodes::new(Arc::new(Stopped), vec![row.clone()], seconds(100.0));
+        let op = order::Op::Delete(v1::DeleteOrder { chunk: 5 });
+        let deadline = Instant::now() + seconds(0.3);
+        let away = nodes.order(1, NodeId(1), op, deadline).await;
+        assert!(matches!(away, Err(OrderError::Away)) && Instant::now() >= deadline, "{away:?}");
+        let later = Instant::now() + seconds(60.0);
+        assert!(matches!(nodes.order(1, NodeId(2), op, later).await, Err(OrderError::Away)));
+        assert!(Instant::now() < later);
+
+        let daemon = async {
+            tokio::time::sleep(seconds(0.1)).await;
+            let mut attached = nodes.attach(row, 1);
+            let order = attached.orders.recv().await.expect("an order");
+            assert_eq!((order.term, order.op), (1, Some(op)));
+            nodes.done(
+                NodeId(1),
+                attached.generation,
+                OrderDone { id: order.id, length: 7, ..OrderDone::default() },
+            );
+        };
+        let (done, ()) = tokio::join!(nodes.order(1, NodeId(1), op, Instant::now() + seconds(30.0)), daemon);
+        assert_eq!(done.expect("carried out").length, 7);
+    }
 }

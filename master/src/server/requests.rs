@@ -193,7 +193,7 @@ async fn arrived(term: &Term, replicas: usize) -> Vec<crate::placement::Candidat
     loop {
         links.borrow_and_update();
         let candidates = term.nodes.candidates();
-        let up = candidates.iter().filter(|candidate| candidate.health == Health::Up).count();
+        let up = candidates.iter().filter(|candidate| candidate.health <= Health::Doubted).count();
         let waited = term.now().saturating_sub(term.elected);
         let left = Duration::from_millis(NODE_SUSPECT_MS).saturating_sub(waited);
         if up >= replicas || left.is_zero() {

@@ -252,6 +252,6 @@ async fn daemons_must_prove_who_they_are() {
     let _one = daemon::start(master.address(), 1, Memory::default()).await;
     let twin = refused(daemon::hello(1, 2)).await;
     assert_eq!(twin.code(), ErrorCode::ErrorConflict);
-    assert_eq!(twin.message, "node 1 is in use by another daemon at 127.0.0.1:9001");
+    assert_eq!(twin.message, "node 0000000000000001 is in use by another daemon at 127.0.0.1:9001");
     master.shutdown().await;
 }
