@@ -16,8 +16,9 @@ for program in dfs-master dfs-chunkd dfs-mount dfs; do
     install -Dm755 "$bin/$program" "$prefix/usr/bin/$program"
 done
 install -d "$prefix/usr/sbin"
+# What mount(8) and umount(8) call for the type fuse.dfs; dfs-mount knows by its name what is wanted.
 ln -sf ../bin/dfs-mount "$prefix/usr/sbin/mount.fuse.dfs"
-install -Dm755 "$here/umount.fuse.dfs" "$prefix/usr/sbin/umount.fuse.dfs"
+ln -sf ../bin/dfs-mount "$prefix/usr/sbin/umount.fuse.dfs"
 for unit in dfs-master.service dfs-chunkd.service dfs-mount@.service; do
     install -Dm644 "$here/$unit" "$prefix/usr/lib/systemd/system/$unit"
 done
