@@ -44,9 +44,9 @@ pub struct Master {
 pub async fn start(env: Env, config: Config) -> Result<Master, StartError> {
     config.validate().map_err(|error| StartError::Usage(error.to_string()))?;
     let listener = listen(&env, &config.listen).await?;
-    let bound = listener
-        .address()
-        .map_err(|error| StartError::Failed(format!("cannot tell the address of {}: {error}", config.listen)))?;
+    let bound = listener.address().map_err(|error| {
+        StartError::Failed(format!("cannot tell the address of {}: {error}", config.listen))
+    })?;
     let address = advertised(&config, &bound);
     let node = raft::Node::start(env.clone(), raft_config(&config, &address)).await?;
     let settings = Settings {
