@@ -1,0 +1,57 @@
+//! I4: at most one session can append to a chunk, and a raised epoch ends that.
+
+use crate::chunks::Replicas;
+use crate::workload::Violation;
+use dfs_chunkd::store::format::RecordKind;
+use dfs_master::raft::SimStorage;
+use dfs_master::state;
+use dfs_proto::ChunkId;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Whose each chunk was when it was first seen.
+#[derive(Default)]
+pub struct Owners {
+    seen: BTreeMap<ChunkId, u64>,
+}
+
+impl Owners {
+    pub fn observe(&mut self, masters: &[Arc<SimStorage>], replicas: &Replicas) -> Result<(), Violation> {
+        for storage in masters {
+            let chunks = state::chunks(storage.kv(), ChunkId(0), usize::MAX);
+            for chunk in chunks.map_err(|error| format!("I4: cannot read a state: {error}"))? {
+                let owner = *self.seen.entry(ChunkId(chunk.chunk)).or_insert(chunk.session);
+                // A sealed chunk may forget its owner; it takes none but that one.
+                if chunk.session != owner && chunk.session != 0 {
+                    return Err(format!("I4: chunk {} went from session {owner} to {}", chunk.chunk, chunk.session));
+                }
+            }
+        }
+        replicas.iter().try_for_each(|(chunk, replicas)| one_writer(*chunk, replicas))
+    }
+}
+
+/// Two writers would show as replicas that differ, or as a record of an epoch that had ended.
+fn one_writer(chunk: ChunkId, replicas: &BTreeMap<String, crate::chunks::Replica>) -> Result<(), Violation> {
+    let mut longest: Option<(&String, &[u8])> = None;
+    for (host, replica) in replicas {
+        let mut epoch = 0;
+        for record in &replica.records {
+            if record.kind == RecordKind::Data && record.epoch.get() < epoch {
+                let old = record.epoch;
+                return Err(format!("I4: {host} took a record of epoch {old} for chunk {chunk} after epoch {epoch} began"));
+            }
+            epoch = epoch.max(record.epoch.get());
+        }
+        if let Some((other, bytes)) = longest {
+            let common = bytes.len().min(replica.payload.len());
+            if bytes[..common] != replica.payload[..common] {
+                return Err(format!("I4: {other} and {host} hold different bytes of chunk {chunk}"));
+            }
+        }
+        if longest.is_none_or(|(_, bytes)| bytes.len() < replica.payload.len()) {
+            longest = Some((host, &replica.payload));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,35 @@
+//! I7: every replica of the state machine is byte-identical at the same index.
+
+use crate::workload::Violation;
+use dfs_master::raft::SimStorage;
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+type Rows = BTreeMap<Vec<u8>, Vec<u8>>;
+
+fn rows(storage: &SimStorage) -> Result<Rows, Violation> {
+    let mut rows = Rows::new();
+    let end = [0xff; 64];
+    storage
+        .kv()
+        .scan(&[], &end, &mut |key, value| {
+            rows.insert(key.to_vec(), value.to_vec());
+            ControlFlow::Continue(())
+        })
+        .map_err(|error| format!("I7: cannot read a state: {error}"))?;
+    Ok(rows)
+}
+
+/// Compares the masters' whole states. They have come to rest, so all have applied the same index.
+pub fn check(masters: &[Arc<SimStorage>]) -> Result<(), Violation> {
+    let states = masters.iter().map(|storage| rows(storage)).collect::<Result<Vec<_>, _>>()?;
+    for (index, state) in states.iter().enumerate().skip(1) {
+        let other = states[0].iter().find(|(key, value)| state.get(*key) != Some(value));
+        let extra = state.iter().find(|(key, _)| !states[0].contains_key(*key));
+        if let Some((key, _)) = other.or(extra) {
+            return Err(format!("I7: masters 1 and {} differ at key {key:02x?}", index + 1));
+        }
+    }
+    if states[0].len() < 10 { Err("I7: the states are all but empty: nothing was compared".to_owned()) } else { Ok(()) }
+}

@@ -1,0 +1,39 @@
+//! The invariants, checked while a simulated cluster runs and when it has come to rest. One file each.
+
+mod i10;
+mod i2;
+mod i4;
+mod i7;
+
+use crate::disk::SimDisk;
+use crate::workload::Violation;
+use dfs_master::raft::SimStorage;
+use std::sync::Arc;
+
+/// Looks at the masters' state and the chunk daemons' disks from outside, as no part of the cluster can.
+pub struct Watch {
+    masters: Vec<Arc<SimStorage>>,
+    disks: Vec<(String, SimDisk)>,
+    committed: i2::Committed,
+    owners: i4::Owners,
+}
+
+impl Watch {
+    pub fn new(masters: Vec<Arc<SimStorage>>, disks: impl Iterator<Item = (String, SimDisk)>) -> Self {
+        Self { masters, disks: disks.collect(), committed: i2::Committed::default(), owners: i4::Owners::default() }
+    }
+
+    /// While the cluster runs.
+    pub fn observe(&mut self) -> Result<(), Violation> {
+        let chunks = crate::chunks::on_disks(&self.disks);
+        self.owners.observe(&self.masters, &chunks)?;
+        self.committed.observe(&self.masters, &chunks)
+    }
+
+    /// When it has come to rest.
+    pub fn at_end(&mut self) -> Result<(), Violation> {
+        self.observe()?;
+        i7::check(&self.masters)?;
+        i10::check(&self.masters)
+    }
+}

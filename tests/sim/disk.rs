@@ -1,0 +1,217 @@
+//! A disk that forgets: what was not synced when its machine crashed is lost, or torn, as the seed decides.
+//!
+//! ```text
+//!   write ──► pending ──sync_data──► durable        names ──► live ──sync_dir──► durable
+//!                │ crash: a prefix survives,            │ crash: back to durable
+//!                ▼ the last one torn                    ▼
+//! ```
+
+use dfs_env::disk::{Disk, DiskFile, OpenMode, Space};
+use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+const CAPACITY: u64 = 1 << 30;
+
+enum Change {
+    Write { offset: usize, bytes: Vec<u8> },
+    SetLen(usize),
+}
+
+#[derive(Default)]
+struct Content {
+    live: Vec<u8>,
+    durable: Vec<u8>,
+    pending: Vec<Change>,
+}
+
+fn apply(bytes: &mut Vec<u8>, change: &Change) {
+    match change {
+        Change::Write { offset, bytes: new } => {
+            let end = offset + new.len();
+            if bytes.len() < end {
+                bytes.resize(end, 0);
+            }
+            bytes[*offset..end].copy_from_slice(new);
+        }
+        Change::SetLen(length) => bytes.resize(*length, 0),
+    }
+}
+
+type Shared = Arc<Mutex<Content>>;
+
+#[derive(Default)]
+struct Names {
+    live: BTreeMap<PathBuf, Shared>,
+    durable: BTreeMap<PathBuf, Shared>,
+}
+
+/// What a crash did; a run in which no crash ever lost anything tested nothing.
+#[derive(Default, Clone, Copy, Debug)]
+pub struct Losses {
+    pub writes_lost: u64,
+    pub writes_torn: u64,
+    pub names_lost: u64,
+}
+
+/// The disk of one simulated machine. It outlives its machine's crashes.
+#[derive(Clone, Default)]
+pub struct SimDisk {
+    names: Arc<Mutex<Names>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("the simulation runs on one thread and stops at the first panic")
+}
+
+impl SimDisk {
+    /// The machine stops here: keeps a random prefix of each file's unsynced writes, tears the next one, and takes
+    /// back names that were not synced.
+    pub fn crash(&self, seed: u64) -> Losses {
+        let mut random = SmallRng::seed_from_u64(seed);
+        let mut losses = Losses::default();
+        let mut names = lock(&self.names);
+        losses.names_lost += names.live.keys().filter(|name| !names.durable.contains_key(*name)).count() as u64;
+        names.live = names.durable.clone();
+        for content in names.live.values() {
+            let mut content = lock(content);
+            let pending = std::mem::take(&mut content.pending);
+            let kept = random.random_range(0..=pending.len());
+            let mut survivor = std::mem::take(&mut content.durable);
+            for change in &pending[..kept] {
+                apply(&mut survivor, change);
+            }
+            losses.writes_lost += (pending.len() - kept) as u64;
+            if let Some(Change::Write { offset, bytes }) = pending.get(kept)
+                && random.next_u32().is_multiple_of(2)
+            {
+                let torn = random.random_range(0..bytes.len().max(1));
+                apply(&mut survivor, &Change::Write { offset: *offset, bytes: bytes[..torn].to_vec() });
+                losses.writes_torn += 1;
+            }
+            content.live.clone_from(&survivor);
+            content.durable = survivor;
+        }
+        losses
+    }
+
+    /// Whether a crash now could lose something.
+    pub fn is_dirty(&self) -> bool {
+        lock(&self.names).live.values().any(|content| !lock(content).pending.is_empty())
+    }
+
+    /// Everything on the disk as its machine sees it.
+    pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
+        lock(&self.names).live.iter().map(|(path, content)| (path.clone(), lock(content).live.clone())).collect()
+    }
+}
+
+impl Disk for SimDisk {
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+        let mut names = lock(&self.names);
+        let content = match (names.live.get(path), mode) {
+            (Some(_), OpenMode::CreateNew) => return Err(io::ErrorKind::AlreadyExists.into()),
+            (Some(content), _) => Arc::clone(content),
+            (None, OpenMode::CreateNew) => Arc::clone(names.live.entry(path.to_owned()).or_default()),
+            (None, _) => return Err(io::ErrorKind::NotFound.into()),
+        };
+        Ok(Arc::new(SimFile(content)))
+    }
+
+    fn create_dir_all(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
+        // Directories are the prefixes of file names.
+        let names = lock(&self.names);
+        let depth = path.components().count();
+        let mut found: Vec<PathBuf> = names
+            .live
+            .keys()
+            .filter(|name| name.starts_with(path) && name.components().count() > depth)
+            .map(|name| name.components().take(depth + 1).collect())
+            .collect();
+        found.dedup();
+        Ok(found)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut names = lock(&self.names);
+        let content = names.live.remove(from).ok_or(io::ErrorKind::NotFound)?;
+        names.live.insert(to.to_owned(), content);
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        lock(&self.names).live.remove(path).map(|_| ()).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        let mut names = lock(&self.names);
+        let below = |name: &Path| name.parent() == Some(path);
+        let Names { live, durable } = &mut *names;
+        durable.retain(|name, _| !below(name));
+        durable.extend(live.iter().filter(|(name, _)| below(name)).map(|(name, content)| (name.clone(), Arc::clone(content))));
+        Ok(())
+    }
+
+    fn space(&self, _path: &Path) -> io::Result<Space> {
+        let used: u64 = lock(&self.names).live.values().map(|content| lock(content).live.len() as u64).sum();
+        Ok(Space { total_bytes: CAPACITY, free_bytes: CAPACITY.saturating_sub(used) })
+    }
+}
+
+struct SimFile(Shared);
+
+impl SimFile {
+    fn change(&self, change: Change) {
+        let mut content = lock(&self.0);
+        apply(&mut content.live, &change);
+        content.pending.push(change);
+    }
+}
+
+fn position(offset: u64) -> io::Result<usize> {
+    usize::try_from(offset).map_err(io::Error::other)
+}
+
+impl DiskFile for SimFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let content = lock(&self.0);
+        let start = position(offset)?.min(content.live.len());
+        let length = buffer.len().min(content.live.len() - start);
+        buffer[..length].copy_from_slice(&content.live[start..start + length]);
+        Ok(length)
+    }
+
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.change(Change::Write { offset: position(offset)?, bytes: bytes.to_vec() });
+        Ok(())
+    }
+
+    fn write_vectored_at(&self, parts: &[io::IoSlice<'_>], offset: u64) -> io::Result<()> {
+        let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
+        self.write_all_at(&bytes, offset)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(lock(&self.0).live.len() as u64)
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        self.change(Change::SetLen(position(length)?));
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let mut content = lock(&self.0);
+        let Content { durable, pending, .. } = &mut *content;
+        for change in pending.drain(..) {
+            apply(durable, &change);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,103 @@
+//! What goes wrong, when, and proof that it did: a fault that never fired fails the run.
+
+use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// Something bad that happens to the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// A machine stops, its disk forgets what was not synced, and it starts again after the pause.
+    Crash { host: String, pause: Duration },
+    /// Two machines do not hear each other for a while.
+    Partition { a: String, b: String, pause: Duration },
+    /// Messages between two machines get lost at random for a while.
+    Loss { a: String, b: String, pause: Duration },
+}
+
+impl Fault {
+    /// The kind's name, for the count of what fired.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Crash { host, .. } if host.starts_with("master") => "crash of a master",
+            Self::Crash { .. } => "crash of a chunk daemon",
+            Self::Partition { .. } => "partition",
+            Self::Loss { .. } => "message loss",
+        }
+    }
+
+    /// How long it lasts.
+    pub fn pause(&self) -> Duration {
+        match self {
+            Self::Crash { pause, .. } | Self::Partition { pause, .. } | Self::Loss { pause, .. } => *pause,
+        }
+    }
+}
+
+/// The faults of one seed: one at a time, with quiet in between, so that a majority of the masters and enough chunk
+/// daemons always come back within what a client waits.
+pub struct Plan {
+    random: SmallRng,
+    masters: Vec<String>,
+    chunkds: Vec<String>,
+    clients: Vec<String>,
+    next: Duration,
+    turn: usize,
+    fired: BTreeMap<&'static str, u64>,
+}
+
+impl Plan {
+    pub fn new(seed: u64, masters: &[String], chunkds: &[String], clients: &[String]) -> Self {
+        let (masters, chunkds, clients) = (masters.to_vec(), chunkds.to_vec(), clients.to_vec());
+        let next = Duration::from_secs(3);
+        Self { random: SmallRng::seed_from_u64(seed), masters, chunkds, clients, next, turn: 0, fired: BTreeMap::new() }
+    }
+
+    /// The fault that begins now, if one does.
+    pub fn due(&mut self, now: Duration) -> Option<Fault> {
+        if now < self.next {
+            return None;
+        }
+        let pause = Duration::from_millis(self.random.random_range(200..3_000));
+        self.next = now + pause + Duration::from_millis(self.random.random_range(1_000..5_000));
+        // Kinds take turns from a random start, so that a short run has them all.
+        if self.turn == 0 {
+            self.turn = self.random.random_range(0..4);
+        }
+        self.turn += 1;
+        let fault = match self.turn % 4 {
+            0 => Fault::Crash { host: Self::one(&mut self.random, &self.masters), pause },
+            1 => Fault::Crash { host: Self::one(&mut self.random, &self.chunkds), pause },
+            kind => {
+                let (a, b) = self.pair();
+                if kind == 2 { Fault::Partition { a, b, pause } } else { Fault::Loss { a, b, pause } }
+            }
+        };
+        *self.fired.entry(fault.kind()).or_default() += 1;
+        Some(fault)
+    }
+
+    fn one(random: &mut SmallRng, hosts: &[String]) -> String {
+        hosts[random.random_range(0..hosts.len())].clone()
+    }
+
+    fn pair(&mut self) -> (String, String) {
+        let servers = if self.random.next_u32().is_multiple_of(2) { &self.masters } else { &self.chunkds };
+        let a = Self::one(&mut self.random, servers);
+        let everybody: Vec<String> =
+            self.masters.iter().chain(&self.chunkds).chain(&self.clients).filter(|host| **host != a).cloned().collect();
+        let b = Self::one(&mut self.random, &everybody);
+        (a, b)
+    }
+
+    /// How often each kind of fault fired.
+    pub fn fired(&self) -> &BTreeMap<&'static str, u64> {
+        &self.fired
+    }
+
+    /// The kinds that never did.
+    pub fn missing(&self) -> Vec<&'static str> {
+        let all = ["crash of a master", "crash of a chunk daemon", "partition", "message loss"];
+        all.into_iter().filter(|kind| !self.fired.contains_key(kind)).collect()
+    }
+}

@@ -1,0 +1,50 @@
+//! The whole cluster in one process from one seed: three masters, four chunk daemons and two clients on a simulated
+//! network, disk and clock, with message loss, partitions and crashes that lose what was not synced.
+//!
+//! `DFS_SIM_SEED=N` repeats one seed; `DFS_SIM_SEEDS=N` runs that many.
+
+mod checkers;
+mod chunks;
+mod disk;
+mod env;
+mod faults;
+mod workload;
+mod world;
+
+use disk::Losses;
+use std::collections::BTreeMap;
+
+/// How many seeds run when nothing is said.
+const SEEDS: u64 = 10;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is not a number: {text}")))
+}
+
+#[test]
+fn no_seed_breaks_an_invariant() {
+    let log = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("off"));
+    let _ = tracing_subscriber::fmt().with_env_filter(log).with_test_writer().try_init();
+    let seeds = match number("DFS_SIM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 1..1 + number("DFS_SIM_SEEDS").unwrap_or(SEEDS),
+    };
+    let mut fired: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut losses = Losses::default();
+    for seed in seeds.clone() {
+        let report = world::run(seed).unwrap_or_else(|violation| {
+            panic!("{violation}\nrepeat: DFS_SIM_SEED={seed} cargo test -p dfs-tests --test sim")
+        });
+        assert_eq!(report.missing, Vec::<&str>::new(), "seed {seed}: faults that never fired");
+        assert!(report.operations > 50, "seed {seed}: only {} operations were done", report.operations);
+        for (kind, count) in report.faults {
+            *fired.entry(kind).or_default() += count;
+        }
+        losses.writes_lost += report.losses.writes_lost;
+        losses.writes_torn += report.losses.writes_torn;
+        losses.names_lost += report.losses.names_lost;
+        println!("seed {seed}: {} operations", report.operations);
+    }
+    println!("faults: {fired:?}; crashes: {losses:?}");
+    assert!(seeds.end - seeds.start == 1 || losses.writes_lost > 0, "no crash ever lost a write: {losses:?}");
+}

@@ -1,0 +1,260 @@
+//! The simulated cluster: three masters, four chunk daemons and two clients, on turmoil's network, from one seed.
+
+use crate::checkers::Watch;
+use crate::disk::{Losses, SimDisk};
+use crate::env::env;
+use crate::faults::{Fault, Plan};
+use crate::workload::{Model, Violation, Workload, verify_dir};
+use dfs_client::{Client, ClientConfig};
+use dfs_master::raft::{SimStorage, Storage};
+use dfs_env::Disk;
+use dfs_proto::token::ClusterKey;
+use dfs_proto::units::ByteSize;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+const MASTERS: u64 = 3;
+const CHUNKDS: u64 = 4;
+const CLIENTS: u64 = 2;
+const MASTER_PORT: u16 = 7100;
+const CHUNKD_PORT: u16 = 7200;
+/// Small chunks, so that many are sealed, in a short run.
+const CHUNK_SIZE: u64 = 256 << 10;
+/// Faults stop here; what follows must be quiet and whole.
+const FAULTS_END: Duration = Duration::from_secs(25);
+/// How long a crash of a chunk daemon waits for unsynced writes on its disk.
+const AMBUSH: Duration = Duration::from_secs(2);
+const THINK: Duration = Duration::from_millis(15);
+const RUN_END: Duration = Duration::from_secs(240);
+
+/// What one seed did.
+#[derive(Debug, Default)]
+pub struct Report {
+    pub operations: u64,
+    pub faults: BTreeMap<&'static str, u64>,
+    pub missing: Vec<&'static str>,
+    pub losses: Losses,
+}
+
+struct Machine {
+    host: String,
+    disk: SimDisk,
+}
+
+#[derive(Default)]
+struct Progress {
+    operations: u64,
+    models: Vec<(String, Model)>,
+    finished: u64,
+}
+
+const KEY: &[u8] = b"a key for simulated clusters";
+
+fn key() -> ClusterKey {
+    ClusterKey::new(KEY).expect("long enough")
+}
+
+fn masters() -> Vec<String> {
+    (1..=MASTERS).map(|id| format!("master-{id}")).collect()
+}
+
+fn addresses() -> Vec<String> {
+    masters().iter().map(|host| format!("{host}:{MASTER_PORT}")).collect()
+}
+
+/// Runs one seed to its end.
+pub fn run(seed: u64) -> Result<Report, Violation> {
+    let mut sim = turmoil::Builder::new()
+        .rng_seed(seed)
+        .enable_random_order()
+        .tick_duration(Duration::from_millis(1))
+        .simulation_duration(RUN_END)
+        .min_message_latency(Duration::from_micros(100))
+        .max_message_latency(Duration::from_millis(5))
+        .tcp_capacity(1 << 16)
+        .build();
+    let storages: Vec<Arc<SimStorage>> = (0..MASTERS).map(|_| SimStorage::new()).collect();
+    for id in 1..=MASTERS {
+        let storage = Arc::clone(&storages[usize::try_from(id - 1).expect("small")]);
+        start_master(&mut sim, id, storage, seed);
+    }
+    let machines: Vec<Machine> = (1..=CHUNKDS).map(|id| start_chunkd(&mut sim, id, seed)).collect();
+    let progress = Arc::new(Mutex::new(Progress::default()));
+    for id in 1..=CLIENTS {
+        start_client(&mut sim, id, seed, Arc::clone(&progress));
+    }
+    let chunkds: Vec<String> = machines.iter().map(|machine| machine.host.clone()).collect();
+    let clients: Vec<String> = (1..=CLIENTS).map(|id| format!("client-{id}")).collect();
+    let mut plan = Plan::new(seed, &masters(), &chunkds, &clients);
+    let mut watch = Watch::new(storages, machines.iter().map(|machine| (machine.host.clone(), machine.disk.clone())));
+    let losses = drive(&mut sim, &mut plan, &machines, &mut watch, seed)?;
+    watch.at_end()?;
+    let progress = progress.lock().expect("one thread");
+    Ok(Report { operations: progress.operations, faults: plan.fired().clone(), missing: plan.missing(), losses })
+}
+
+/// Steps the world until every client is done, bringing faults and healing them, and checking as it goes.
+fn drive(
+    sim: &mut turmoil::Sim<'_>,
+    plan: &mut Plan,
+    machines: &[Machine],
+    watch: &mut Watch,
+    seed: u64,
+) -> Result<Losses, Violation> {
+    let mut losses = Losses::default();
+    let mut active: Option<(Fault, Duration)> = None;
+    let mut armed: Option<(Fault, Duration)> = None;
+    let mut next_check = Duration::ZERO;
+    loop {
+        let now = sim.elapsed();
+        if let Some((fault, end)) = active.take() {
+            if now < end {
+                active = Some((fault, end));
+            } else {
+                heal(sim, &fault);
+            }
+        } else if armed.is_none() && now < FAULTS_END {
+            armed = plan.due(now).map(|fault| (fault, now));
+        }
+        // A crash waits a moment for writes that it can lose.
+        if active.is_none()
+            && let Some((fault, since)) = armed.take_if(|(fault, since)| now >= *since + AMBUSH || hurts(fault, machines))
+        {
+            let lost = strike(sim, &fault, machines, seed ^ u64::try_from(now.as_nanos()).expect("short"));
+            losses.writes_lost += lost.writes_lost;
+            losses.writes_torn += lost.writes_torn;
+            losses.names_lost += lost.names_lost;
+            tracing::debug!(waited = ?(now - since), "struck");
+            let end = now + fault.pause();
+            active = Some((fault, end));
+        }
+        if now >= next_check {
+            watch.observe()?;
+            next_check = now + Duration::from_secs(2);
+        }
+        if sim.step().map_err(|error| format!("after {now:?}: {error}"))? {
+            return Ok(losses);
+        }
+    }
+}
+
+/// Whether a fault strikes where it hurts now.
+fn hurts(fault: &Fault, machines: &[Machine]) -> bool {
+    match fault {
+        Fault::Crash { host, .. } => machines.iter().find(|m| m.host == *host).is_none_or(|m| m.disk.is_dirty()),
+        Fault::Partition { .. } | Fault::Loss { .. } => true,
+    }
+}
+
+fn strike(sim: &mut turmoil::Sim<'_>, fault: &Fault, machines: &[Machine], seed: u64) -> Losses {
+    tracing::info!(?fault, "fault");
+    match fault {
+        Fault::Crash { host, .. } => {
+            sim.crash(host.as_str());
+            let disk = machines.iter().find(|machine| machine.host == *host).map(|machine| &machine.disk);
+            return disk.map(|disk| disk.crash(seed)).unwrap_or_default();
+        }
+        Fault::Partition { a, b, .. } => sim.partition(a.as_str(), b.as_str()),
+        Fault::Loss { a, b, .. } => sim.set_link_fail_rate(a.as_str(), b.as_str(), 0.3),
+    }
+    Losses::default()
+}
+
+fn heal(sim: &mut turmoil::Sim<'_>, fault: &Fault) {
+    match fault {
+        Fault::Crash { host, .. } => sim.bounce(host.as_str()),
+        Fault::Partition { a, b, .. } => sim.repair(a.as_str(), b.as_str()),
+        Fault::Loss { a, b, .. } => {
+            sim.set_link_fail_rate(a.as_str(), b.as_str(), 0.0);
+            sim.repair(a.as_str(), b.as_str());
+        }
+    }
+}
+
+fn start_master(sim: &mut turmoil::Sim<'_>, id: u64, storage: Arc<SimStorage>, seed: u64) {
+    let env = env(&SimDisk::default(), seed ^ (id << 8));
+    sim.host(format!("master-{id}"), move || {
+        let (env, storage) = (env.clone(), Arc::clone(&storage));
+        async move {
+            let listen = format!("master-{id}:{MASTER_PORT}");
+            let mut config = dfs_master::Config::new(id, &listen, Path::new("/data"), key());
+            config.peers = (1..=MASTERS).zip(addresses()).collect();
+            config.chunk_size = CHUNK_SIZE;
+            // Snapshots and purges must happen within a short run.
+            config.snapshot_every_entries = 200;
+            config.raft_heartbeat_ms = 100;
+            config.raft_election_ms = 500;
+            config.storage = Storage::Sim(storage);
+            let _master = dfs_master::start(env, config).await?;
+            std::future::pending::<()>().await;
+            Ok(())
+        }
+    });
+}
+
+fn start_chunkd(sim: &mut turmoil::Sim<'_>, id: u64, seed: u64) -> Machine {
+    let (host, disk) = (format!("chunkd-{id}"), SimDisk::default());
+    disk.replace(Path::new("/etc/key"), KEY).expect("an empty disk takes a file");
+    let env = env(&disk, seed ^ (id << 16));
+    let name = host.clone();
+    sim.host(host.as_str(), move || {
+        let (env, name) = (env.clone(), name.clone());
+        async move {
+            let config = dfs_chunkd::Config {
+                listen: format!("{name}:{CHUNKD_PORT}"),
+                advertise: Some(format!("{name}:{CHUNKD_PORT}")),
+                masters: addresses(),
+                data: vec!["/data".into()],
+                cluster_key_file: "/etc/key".into(),
+                host: Some(name),
+                rack: String::new(),
+                capacity: None,
+                reserve: ByteSize(0),
+            };
+            let _daemon = dfs_chunkd::Daemon::start(env, config).await?;
+            std::future::pending::<()>().await;
+            Ok(())
+        }
+    });
+    Machine { host, disk }
+}
+
+fn start_client(sim: &mut turmoil::Sim<'_>, id: u64, seed: u64, progress: Arc<Mutex<Progress>>) {
+    let env = env(&SimDisk::default(), seed ^ (id << 24));
+    sim.client(format!("client-{id}"), async move {
+        let config = ClientConfig {
+            name: format!("client-{id}"),
+            connect_timeout: Duration::from_secs(60),
+            ..ClientConfig::new(addresses())
+        };
+        let client = Client::connect(env, config).await?;
+        let name = format!("dir-{id}");
+        let mut workload = Workload::new(client.clone(), &name, seed ^ id).await?;
+        while turmoil::sim_elapsed().expect("in the simulation") < FAULTS_END + Duration::from_secs(5) {
+            workload.step().await.map_err(|violation| format!("{name}: {violation}"))?;
+            // A program thinks between two operations; without this a run is thousands of them and takes minutes.
+            tokio::time::sleep(THINK).await;
+        }
+        {
+            let mut progress = progress.lock().expect("one thread");
+            progress.operations += workload.done;
+            progress.models.push((name, workload.into_model()));
+            progress.finished += 1;
+        }
+        // Both clients are done and what they may believe for a second has passed: each must see what the other did.
+        while progress.lock().expect("one thread").finished < CLIENTS {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(1_100)).await;
+        let models = progress.lock().expect("one thread").models.clone();
+        for (name, model) in &models {
+            verify_dir(&client, name, model).await.map_err(|violation| format!("client-{id} in {name}: {violation}"))?;
+        }
+        client.shutdown().await?;
+        // Masters that were behind catch up before they are compared.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        Ok(())
+    });
+}
