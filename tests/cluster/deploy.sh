@@ -9,7 +9,10 @@ stop_daemons() {
     for pid in "${daemons[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
     for pid in "${daemons[@]}"; do wait_for 20 gone "$pid" || return 1; done
 }
-trap 'status=$?; "$WORK/root/usr/sbin/umount.fuse.dfs" "$MNT" -l >/dev/null 2>&1 || true; stop_daemons || true; (exit $status); cleanup' EXIT
+at_end() {
+    "$WORK/root/usr/sbin/umount.fuse.dfs" "$MNT" -l >/dev/null 2>&1 || true
+    stop_daemons
+}
 
 step "the example settings are valid, with this machine's names and places"
 read -r master_port chunkd_port < <(python3 -c '
@@ -54,7 +57,6 @@ while b"READY=1" not in listener.recv(4096).split(b"\n"):
     pass
 PY
 }
-mkdir -p "$HOME_DIR"
 for name in master chunkd; do
     start $name "$WORK/root/usr/bin/dfs-$name" --config "$etc/$name.toml" || { cat "$WORK/$name.log"; fail "dfs-$name was not ready"; }
     daemons+=("$(cat "$WORK/$name.pid")")

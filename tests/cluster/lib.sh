@@ -14,9 +14,11 @@ mkdir "$MNT"
 git config --file "$GIT_CONFIG_GLOBAL" user.name test
 git config --file "$GIT_CONFIG_GLOBAL" user.email test@example.net
 
+at_end() { :; }   # what a scenario has to clean up besides
 cleanup() {
     local status=$?
     cd /
+    at_end || true
     if ((status != 0)) && [[ -d $HOME_DIR/log ]]; then
         echo "--- last lines of the logs"
         tail -n 15 "$HOME_DIR"/log/*.log || true
