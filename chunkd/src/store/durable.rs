@@ -49,15 +49,16 @@ impl Syncs {
         !std::mem::replace(&mut self.running, true)
     }
 
-    /// One fdatasync ended. False: nobody waits, the runner stops.
-    pub fn ended(&mut self, result: &FsResult<Held>) -> bool {
+    /// One fdatasync ended. `length`: what the chunk holds now, read while this is locked; `result` is older, and who asked
+    /// since then may have written more. False: nobody waits, the runner stops.
+    pub fn ended(&mut self, result: &FsResult<Held>, length: u64) -> bool {
         match result {
             Ok(held) => {
                 for (upto, done) in std::mem::take(&mut self.waiting) {
                     if upto <= held.synced {
                         // Whoever asked may be gone; nothing is owed to him then.
                         let _ = done.send(Ok(*held));
-                    } else if upto > held.length {
+                    } else if upto > length {
                         let text = "a seal cut these bytes while their sync was awaited";
                         let _ = done.send(Err(FsError::new(ErrorCode::ErrorConflict, text)));
                     } else {
@@ -170,16 +171,31 @@ mod tests {
         let (second, mut second_done) = oneshot::channel();
         assert!(syncs.ask(10, first));
         assert!(!syncs.ask(30, second));
-        assert!(syncs.ended(&Ok(Held { length: 40, synced: 20 })));
+        assert!(syncs.ended(&Ok(Held { length: 40, synced: 20 }), 40));
         assert_eq!(first_done.try_recv().expect("answered").expect("synced").synced, 20);
         assert!(second_done.try_recv().is_err());
-        assert!(!syncs.ended(&Ok(Held { length: 40, synced: 40 })));
+        assert!(!syncs.ended(&Ok(Held { length: 40, synced: 40 }), 40));
         assert_eq!(second_done.try_recv().expect("answered").expect("synced").synced, 40);
         assert!(syncs.start());
         let (cut, mut cut_done) = oneshot::channel();
         assert!(!syncs.ask(50, cut));
-        assert!(!syncs.ended(&Ok(Held { length: 40, synced: 40 })));
+        assert!(!syncs.ended(&Ok(Held { length: 40, synced: 40 }), 40));
         assert!(cut_done.try_recv().expect("answered").is_err());
+    }
+
+    #[test]
+    fn bytes_written_after_a_sync_ended_wait_for_the_next_one() {
+        let mut syncs = Syncs::default();
+        let (first, mut first_done) = oneshot::channel();
+        let (late, mut late_done) = oneshot::channel();
+        assert!(syncs.ask(40, first));
+        // Written and asked for between the end of the fdatasync and its being told.
+        assert!(!syncs.ask(50, late));
+        assert!(syncs.ended(&Ok(Held { length: 40, synced: 40 }), 50));
+        assert!(first_done.try_recv().expect("answered").is_ok());
+        assert!(late_done.try_recv().is_err(), "nothing was cut");
+        assert!(!syncs.ended(&Ok(Held { length: 50, synced: 50 }), 50));
+        assert!(late_done.try_recv().expect("answered").is_ok());
     }
 
     #[test]
@@ -187,7 +203,7 @@ mod tests {
         let mut syncs = Syncs::default();
         let (done, mut answer) = oneshot::channel();
         assert!(syncs.ask(10, done));
-        assert!(!syncs.ended(&Err(FsError::new(ErrorCode::ErrorIo, "gone"))));
+        assert!(!syncs.ended(&Err(FsError::new(ErrorCode::ErrorIo, "gone")), 10));
         assert!(answer.try_recv().expect("answered").is_err());
     }
 }

@@ -184,7 +184,8 @@ impl Chunk {
                 Err(closed) => Err(FsError::new(ErrorCode::ErrorUnavailable, closed.to_string())),
             };
             self.progress.fetch_add(1, Ordering::Relaxed);
-            if !lock(&self.syncs).ended(&result) {
+            let mut syncs = lock(&self.syncs);
+            if !syncs.ended(&result, self.held().length) {
                 return;
             }
         }
