@@ -41,7 +41,8 @@ impl Cluster {
     async fn wait_until_usable(&self) {
         let ready = async {
             loop {
-                let channel = connect(&Env::real(), self.master.address(), Tuning::default()).await.expect("connected");
+                let channel =
+                    connect(&Env::real(), self.master.address(), Tuning::default()).await.expect("connected");
                 let status = AdminClient::new(channel).status(v1::StatusRequest { sessions: false }).await;
                 if status.is_ok_and(|status| status.get_ref().nodes.iter().any(|node| node.state == "up")) {
                     return;
@@ -59,7 +60,8 @@ impl Cluster {
 
     /// What the master says first to a client that begins with `hello`.
     async fn greet(&self, hello: v1::Hello) -> v1::MasterFrame {
-        let channel = connect(&Env::real(), self.master.address(), Tuning::default()).await.expect("connected");
+        let channel =
+            connect(&Env::real(), self.master.address(), Tuning::default()).await.expect("connected");
         let frame = v1::ClientFrame { hello: Some(hello), ..v1::ClientFrame::default() };
         // The request stream stays open while the answer is awaited, as a client's does.
         let requests = futures::StreamExt::chain(futures::stream::iter([frame]), futures::stream::pending());
@@ -69,16 +71,20 @@ impl Cluster {
     }
 
     async fn read(&self, request: v1::ReadRequest) -> v1::ReadReply {
-        let channel = connect(&Env::real(), self.chunkd.address(), Tuning::default()).await.expect("connected");
-        let requests = futures::StreamExt::chain(futures::stream::iter([request]), futures::stream::pending());
+        let channel =
+            connect(&Env::real(), self.chunkd.address(), Tuning::default()).await.expect("connected");
+        let requests =
+            futures::StreamExt::chain(futures::stream::iter([request]), futures::stream::pending());
         let mut replies = ChunkClient::new(channel).read(requests).await.expect("a stream").into_inner();
         let reply = tokio::time::timeout(BOUND, replies.message()).await.expect("an answer in time");
         reply.expect("no broken stream").expect("not just the end")
     }
 
     async fn append(&self, request: v1::AppendRequest) -> v1::AppendReply {
-        let channel = connect(&Env::real(), self.chunkd.address(), Tuning::default()).await.expect("connected");
-        let requests = futures::StreamExt::chain(futures::stream::iter([request]), futures::stream::pending());
+        let channel =
+            connect(&Env::real(), self.chunkd.address(), Tuning::default()).await.expect("connected");
+        let requests =
+            futures::StreamExt::chain(futures::stream::iter([request]), futures::stream::pending());
         let mut replies = ChunkClient::new(channel).append(requests).await.expect("a stream").into_inner();
         let reply = tokio::time::timeout(BOUND, replies.message()).await.expect("an answer in time");
         reply.expect("no broken stream").expect("not just the end")
@@ -124,7 +130,8 @@ async fn a_client_of_another_version_or_cluster_is_refused_with_one_line() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_reads_or_appends_without_the_masters_token() {
     let cluster = Cluster::start().await;
-    let client = Client::connect(Env::real(), ClientConfig::new([cluster.master.address()])).await.expect("connected");
+    let client =
+        Client::connect(Env::real(), ClientConfig::new([cluster.master.address()])).await.expect("connected");
     let cred = Cred::default();
     let what = v1::Create {
         parent: InodeNo::ROOT.get(),
@@ -203,7 +210,8 @@ async fn a_chunk_daemon_without_the_key_is_not_let_in() {
     let other_version = v1::NodeHello { version: PROTOCOL_VERSION + 1, ..honest.clone() };
     let other_cluster = v1::NodeHello { cluster_id: "ffffffffffffffff".to_owned(), ..honest.clone() };
     for hello in [honest, other_version, other_cluster] {
-        let channel = connect(&Env::real(), cluster.master.address(), Tuning::default()).await.expect("connected");
+        let channel =
+            connect(&Env::real(), cluster.master.address(), Tuning::default()).await.expect("connected");
         let frame = v1::NodeFrame { hello: Some(hello), ..v1::NodeFrame::default() };
         let requests = futures::StreamExt::chain(futures::stream::iter([frame]), futures::stream::pending());
         let mut orders = ControlClient::new(channel).attach(requests).await.expect("a stream").into_inner();

@@ -19,7 +19,8 @@ pub fn on_disks(disks: &[(String, SimDisk)]) -> Replicas {
     let mut replicas = Replicas::new();
     for (host, disk) in disks {
         for (path, bytes) in disk.files() {
-            let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".chunk"));
+            let name =
+                path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".chunk"));
             if let Some(id) = name.and_then(|name| u64::from_str_radix(name, 16).ok()) {
                 let replica = parse(ChunkId(id), &bytes);
                 replicas.entry(ChunkId(id)).or_default().insert(host.clone(), replica);

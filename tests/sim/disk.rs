@@ -73,7 +73,8 @@ impl SimDisk {
         let mut random = SmallRng::seed_from_u64(seed);
         let mut losses = Losses::default();
         let mut names = lock(&self.names);
-        losses.names_lost += names.live.keys().filter(|name| !names.durable.contains_key(*name)).count() as u64;
+        losses.names_lost +=
+            names.live.keys().filter(|name| !names.durable.contains_key(*name)).count() as u64;
         names.live = names.durable.clone();
         for content in names.live.values() {
             let mut content = lock(content);
@@ -104,7 +105,11 @@ impl SimDisk {
 
     /// Everything on the disk as its machine sees it.
     pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
-        lock(&self.names).live.iter().map(|(path, content)| (path.clone(), lock(content).live.clone())).collect()
+        lock(&self.names)
+            .live
+            .iter()
+            .map(|(path, content)| (path.clone(), lock(content).live.clone()))
+            .collect()
     }
 }
 
@@ -154,7 +159,11 @@ impl Disk for SimDisk {
         let below = |name: &Path| name.parent() == Some(path);
         let Names { live, durable } = &mut *names;
         durable.retain(|name, _| !below(name));
-        durable.extend(live.iter().filter(|(name, _)| below(name)).map(|(name, content)| (name.clone(), Arc::clone(content))));
+        durable.extend(
+            live.iter()
+                .filter(|(name, _)| below(name))
+                .map(|(name, content)| (name.clone(), Arc::clone(content))),
+        );
         Ok(())
     }
 

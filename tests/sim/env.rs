@@ -44,7 +44,8 @@ impl Net for SimNet {
 
     async fn listen(&self, address: &str) -> io::Result<Box<dyn Listener>> {
         let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
-        let port: u16 = port.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("{address}: no port")))?;
+        let port: u16 =
+            port.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("{address}: no port")))?;
         Ok(Box::new(SimListener(TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await?)))
     }
 }

@@ -50,7 +50,15 @@ impl Plan {
     pub fn new(seed: u64, masters: &[String], chunkds: &[String], clients: &[String]) -> Self {
         let (masters, chunkds, clients) = (masters.to_vec(), chunkds.to_vec(), clients.to_vec());
         let next = Duration::from_secs(3);
-        Self { random: SmallRng::seed_from_u64(seed), masters, chunkds, clients, next, turn: 0, fired: BTreeMap::new() }
+        Self {
+            random: SmallRng::seed_from_u64(seed),
+            masters,
+            chunkds,
+            clients,
+            next,
+            turn: 0,
+            fired: BTreeMap::new(),
+        }
     }
 
     /// The fault that begins now, if one does.
@@ -84,8 +92,14 @@ impl Plan {
     fn pair(&mut self) -> (String, String) {
         let servers = if self.random.next_u32().is_multiple_of(2) { &self.masters } else { &self.chunkds };
         let a = Self::one(&mut self.random, servers);
-        let everybody: Vec<String> =
-            self.masters.iter().chain(&self.chunkds).chain(&self.clients).filter(|host| **host != a).cloned().collect();
+        let everybody: Vec<String> = self
+            .masters
+            .iter()
+            .chain(&self.chunkds)
+            .chain(&self.clients)
+            .filter(|host| **host != a)
+            .cloned()
+            .collect();
         let b = Self::one(&mut self.random, &everybody);
         (a, b)
     }

@@ -198,7 +198,10 @@ async fn verify_file(
 ) -> Result<(), Violation> {
     let attr = during("lookup", client.lookup(cred, dir, name.as_bytes()).await)?;
     if ino(&attr) != *number || attr.size != content.len() as u64 || attr.nlink != 1 {
-        return Err(format!("{name}: stat shows {attr:?}, expected inode {number}, {} bytes, 1 link", content.len()));
+        return Err(format!(
+            "{name}: stat shows {attr:?}, expected inode {number}, {} bytes, 1 link",
+            content.len()
+        ));
     }
     let flags = OpenFlags { read: true, ..OpenFlags::default() };
     let file = during("open", client.open(cred, ino(&attr), flags).await)?;

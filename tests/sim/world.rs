@@ -6,8 +6,8 @@ use crate::env::env;
 use crate::faults::{Fault, Plan};
 use crate::workload::{Model, Violation, Workload, verify_dir};
 use dfs_client::{Client, ClientConfig};
-use dfs_master::raft::{SimStorage, Storage};
 use dfs_env::Disk;
+use dfs_master::raft::{SimStorage, Storage};
 use dfs_proto::token::ClusterKey;
 use dfs_proto::units::ByteSize;
 use std::collections::BTreeMap;
@@ -88,11 +88,17 @@ pub fn run(seed: u64) -> Result<Report, Violation> {
     let chunkds: Vec<String> = machines.iter().map(|machine| machine.host.clone()).collect();
     let clients: Vec<String> = (1..=CLIENTS).map(|id| format!("client-{id}")).collect();
     let mut plan = Plan::new(seed, &masters(), &chunkds, &clients);
-    let mut watch = Watch::new(storages, machines.iter().map(|machine| (machine.host.clone(), machine.disk.clone())));
+    let mut watch =
+        Watch::new(storages, machines.iter().map(|machine| (machine.host.clone(), machine.disk.clone())));
     let losses = drive(&mut sim, &mut plan, &machines, &mut watch, seed)?;
     watch.at_end()?;
     let progress = progress.lock().expect("one thread");
-    Ok(Report { operations: progress.operations, faults: plan.fired().clone(), missing: plan.missing(), losses })
+    Ok(Report {
+        operations: progress.operations,
+        faults: plan.fired().clone(),
+        missing: plan.missing(),
+        losses,
+    })
 }
 
 /// Steps the world until every client is done, bringing faults and healing them, and checking as it goes.
@@ -120,7 +126,8 @@ fn drive(
         }
         // A crash waits a moment for writes that it can lose.
         if active.is_none()
-            && let Some((fault, since)) = armed.take_if(|(fault, since)| now >= *since + AMBUSH || hurts(fault, machines))
+            && let Some((fault, since)) =
+                armed.take_if(|(fault, since)| now >= *since + AMBUSH || hurts(fault, machines))
         {
             let lost = strike(sim, &fault, machines, seed ^ u64::try_from(now.as_nanos()).expect("short"));
             losses.writes_lost += lost.writes_lost;
@@ -143,7 +150,9 @@ fn drive(
 /// Whether a fault strikes where it hurts now.
 fn hurts(fault: &Fault, machines: &[Machine]) -> bool {
     match fault {
-        Fault::Crash { host, .. } => machines.iter().find(|m| m.host == *host).is_none_or(|m| m.disk.is_dirty()),
+        Fault::Crash { host, .. } => {
+            machines.iter().find(|m| m.host == *host).is_none_or(|m| m.disk.is_dirty())
+        }
         Fault::Partition { .. } | Fault::Loss { .. } => true,
     }
 }
@@ -250,7 +259,9 @@ fn start_client(sim: &mut turmoil::Sim<'_>, id: u64, seed: u64, progress: Arc<Mu
         tokio::time::sleep(Duration::from_millis(1_100)).await;
         let models = progress.lock().expect("one thread").models.clone();
         for (name, model) in &models {
-            verify_dir(&client, name, model).await.map_err(|violation| format!("client-{id} in {name}: {violation}"))?;
+            verify_dir(&client, name, model)
+                .await
+                .map_err(|violation| format!("client-{id} in {name}: {violation}"))?;
         }
         client.shutdown().await?;
         // Masters that were behind catch up before they are compared.

@@ -50,7 +50,6 @@ pub struct Chunk {
     pub(super) index: Mutex<Vec<Entry>>,
     /// Lock order: the store's map, `jobs`, `syncs`, `state`, `index`.
     pub(super) jobs: Mutex<Jobs>,
-    // Locked before `state` where both are needed.
     pub(super) syncs: Mutex<durable::Syncs>,
     /// Counts what got done, so that those who wait can tell slow from stuck.
     pub progress: AtomicU64,

@@ -23,7 +23,10 @@ impl Owners {
                 let owner = *self.seen.entry(ChunkId(chunk.chunk)).or_insert(chunk.session);
                 // A sealed chunk may forget its owner; it takes none but that one.
                 if chunk.session != owner && chunk.session != 0 {
-                    return Err(format!("I4: chunk {} went from session {owner} to {}", chunk.chunk, chunk.session));
+                    return Err(format!(
+                        "I4: chunk {} went from session {owner} to {}",
+                        chunk.chunk, chunk.session
+                    ));
                 }
             }
         }
@@ -39,7 +42,9 @@ fn one_writer(chunk: ChunkId, replicas: &BTreeMap<String, crate::chunks::Replica
         for record in &replica.records {
             if record.kind == RecordKind::Data && record.epoch.get() < epoch {
                 let old = record.epoch;
-                return Err(format!("I4: {host} took a record of epoch {old} for chunk {chunk} after epoch {epoch} began"));
+                return Err(format!(
+                    "I4: {host} took a record of epoch {old} for chunk {chunk} after epoch {epoch} began"
+                ));
             }
             epoch = epoch.max(record.epoch.get());
         }

@@ -31,5 +31,9 @@ pub fn check(masters: &[Arc<SimStorage>]) -> Result<(), Violation> {
             return Err(format!("I7: masters 1 and {} differ at key {key:02x?}", index + 1));
         }
     }
-    if states[0].len() < 10 { Err("I7: the states are all but empty: nothing was compared".to_owned()) } else { Ok(()) }
+    if states[0].len() < 10 {
+        Err("I7: the states are all but empty: nothing was compared".to_owned())
+    } else {
+        Ok(())
+    }
 }

@@ -20,7 +20,12 @@ pub struct Watch {
 
 impl Watch {
     pub fn new(masters: Vec<Arc<SimStorage>>, disks: impl Iterator<Item = (String, SimDisk)>) -> Self {
-        Self { masters, disks: disks.collect(), committed: i2::Committed::default(), owners: i4::Owners::default() }
+        Self {
+            masters,
+            disks: disks.collect(),
+            committed: i2::Committed::default(),
+            owners: i4::Owners::default(),
+        }
     }
 
     /// While the cluster runs.
