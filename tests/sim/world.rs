@@ -25,7 +25,7 @@ const CHUNK_SIZE: u64 = 256 << 10;
 /// Faults stop here; what follows must be quiet and whole.
 const FAULTS_END: Duration = Duration::from_secs(25);
 /// How long a crash of a chunk daemon waits for unsynced writes on its disk.
-const AMBUSH: Duration = Duration::from_secs(2);
+const AMBUSH: Duration = Duration::from_secs(4);
 const THINK: Duration = Duration::from_millis(15);
 const RUN_END: Duration = Duration::from_secs(240);
 
