@@ -56,15 +56,16 @@ impl Daemon {
     pub async fn start(env: Env, config: Config) -> Result<Self, StartError> {
         let key = read_key(&env, &config)?;
         let cluster = key.cluster_id();
+        // Before anything is claimed: a start on a port in use leaves no new data directory behind.
+        let listener =
+            env.net.listen(&config.listen).await.map_err(|error| {
+                StartError::Failed(format!("cannot listen on {}: {error}", config.listen))
+            })?;
         let (claiming, paths, id) = (env.clone(), config.data.clone(), cluster.clone());
         let claim = env
             .blocking(move || Ok(identity::claim(&claiming, &paths, &id)))
             .await
             .map_err(|error| StartError::Failed(error.to_string()))??;
-        let listener =
-            env.net.listen(&config.listen).await.map_err(|error| {
-                StartError::Failed(format!("cannot listen on {}: {error}", config.listen))
-            })?;
         let listening = listener
             .address()
             .map_err(|error| StartError::Failed(format!("cannot listen on {}: {error}", config.listen)))?;
