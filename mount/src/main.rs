@@ -60,6 +60,8 @@ fn share_one_heap() {
     // SAFETY: it is called before any thread is started and touches only the allocator's own settings.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+        // The threshold grows by itself to 32 MiB, and freed records of 1 MiB would then stay in the heap.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 256 << 10);
     }
 }
 
