@@ -5,6 +5,7 @@
 //! builds snapshots, `network` and `service` carry its messages, `recover` brings the parts in line at a start.
 
 mod auth;
+mod buffered;
 mod codec;
 mod confirm;
 mod disk_log;

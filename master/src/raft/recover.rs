@@ -3,6 +3,7 @@
 //! The log and the snapshots are the truth. The state store is taken as it is only if it can be believed, reaches the
 //! point where the log begins, and is not older than the newest snapshot; else it is built again.
 
+use super::buffered::BufferedKv;
 use super::disk_log::DiskLog;
 use super::joining::Joining;
 use super::log::LogStore;
@@ -51,7 +52,7 @@ pub fn open_disk(
     let log = LogStore::Disk(DiskLog::open(&dir.join("log")).map_err(&failed)?);
     let snapshots = Snapshots::open(dir.join("snapshots")).map_err(&failed)?;
     let (store, usable) = SledKv::open(dir, cache_bytes).map_err(&failed)?;
-    let store = Arc::new(Store::Disk(store));
+    let store = Arc::new(Store::Disk(BufferedKv::new(store).map_err(&failed)?));
     bring_in_line(&log, &snapshots, &store, usable).map_err(failed)?;
     Ok(Opened { log, store, snapshots, joining, lock })
 }

@@ -1,10 +1,10 @@
 //! The state machine as openraft sees it: applies entries, builds snapshots, installs those of a leader.
 
+use super::buffered::BufferedKv;
 use super::codec::{self, AppliedRow};
 use super::export::{Exports, Piece};
 use super::joining::Joining;
 use super::sim::SimStorage;
-use super::sled_kv::SledKv;
 use super::snapshot::{self, Kept, RowIter, SnapshotData, SnapshotWriter, Snapshots};
 use super::types::{
     Answers, Entry, LogId, Payload, SnapshotMeta, StorageError, StorageIOError, StoredMembership, TypeConfig,
@@ -24,7 +24,7 @@ use tokio::sync::watch;
 
 /// The store under the state, on disk or in memory.
 pub enum Store {
-    Disk(SledKv),
+    Disk(BufferedKv),
     Sim(Arc<SimStorage>),
 }
 
@@ -321,8 +321,12 @@ impl SnapshotBuilder {
         }
         shared.exports.end(number);
         let keeper = Arc::clone(&shared);
-        let (kept, older) =
-            env.blocking(move || keeper.snapshots.keep(writer.finish()?, &keeper.cluster)).await?;
+        let keep = move || {
+            // A store older than the newest snapshot would be built again at the next start.
+            keeper.store.flush()?;
+            keeper.snapshots.keep(writer.finish()?, &keeper.cluster)
+        };
+        let (kept, older) = env.blocking(keep).await?;
         shared.note_snapshot(&kept)?;
         shared.purge.send_replace(older);
         Ok(Some(kept))

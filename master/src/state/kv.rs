@@ -123,10 +123,7 @@ impl<'k> Tx<'k> {
 
     /// The key's value, as this transaction sees it.
     pub fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        match self.writes.get(key) {
-            Some(value) => Ok(value.clone()),
-            None => self.base.get(key),
-        }
+        Over { layers: &[&self.writes], base: self.base }.get(key)
     }
 
     pub fn put(&mut self, key: Vec<u8>, value: Vec<u8>) {
@@ -164,10 +161,45 @@ impl<'k> Tx<'k> {
 
     /// As [`Kv::scan`], writes of this transaction included.
     pub fn scan(&self, from: &[u8], to: &[u8], each: &mut Each<'_>) -> io::Result<()> {
+        Over { layers: &[&self.writes], base: self.base }.scan(from, to, each)
+    }
+
+    /// As [`Kv::last`], writes of this transaction included.
+    pub fn last(&self, from: &[u8], to: &[u8]) -> io::Result<Option<(Vec<u8>, Vec<u8>)>> {
+        Over { layers: &[&self.writes], base: self.base }.last(from, to)
+    }
+}
+
+/// A store as it looks once writes are applied that it does not have yet.
+#[derive(Clone, Copy)]
+pub struct Over<'a> {
+    /// The newest first.
+    pub layers: &'a [&'a WriteSet],
+    pub base: &'a dyn Kv,
+}
+
+impl<'a> Over<'a> {
+    /// The newest layer, and all that is below it.
+    fn split(self) -> Option<(&'a WriteSet, Self)> {
+        let (newest, layers) = self.layers.split_first()?;
+        Some((newest, Self { layers, ..self }))
+    }
+
+    /// As [`Kv::get`].
+    pub fn get(self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        match self.layers.iter().find_map(|writes| writes.get(key)) {
+            Some(value) => Ok(value.clone()),
+            None => self.base.get(key),
+        }
+    }
+
+    /// As [`Kv::scan`].
+    pub fn scan(self, from: &[u8], to: &[u8], each: &mut Each<'_>) -> io::Result<()> {
+        let Some((writes, below)) = self.split() else { return self.base.scan(from, to, each) };
         let Some(range) = range(from, to) else { return Ok(()) };
-        let mut ours = self.writes.range::<[u8], _>(range).peekable();
+        let mut ours = writes.range::<[u8], _>(range).peekable();
         let mut stopped = false;
-        self.base.scan(from, to, &mut |key, value| {
+        below.scan(from, to, &mut |key, value| {
             while let Some((our_key, our_value)) = ours.next_if(|(our_key, _)| our_key.as_slice() <= key) {
                 if let Some(our_value) = our_value
                     && each(our_key, our_value).is_break()
@@ -195,19 +227,20 @@ impl<'k> Tx<'k> {
         Ok(())
     }
 
-    /// As [`Kv::last`], writes of this transaction included.
-    pub fn last(&self, from: &[u8], to: &[u8]) -> io::Result<Option<(Vec<u8>, Vec<u8>)>> {
+    /// As [`Kv::last`].
+    pub fn last(self, from: &[u8], to: &[u8]) -> io::Result<Option<(Vec<u8>, Vec<u8>)>> {
+        let Some((writes, below)) = self.split() else { return self.base.last(from, to) };
         let Some(bounds) = range(from, to) else { return Ok(None) };
         let ours =
-            self.writes.range::<[u8], _>(bounds).rev().find_map(|(key, value)| Some((key, value.as_ref()?)));
+            writes.range::<[u8], _>(bounds).rev().find_map(|(key, value)| Some((key, value.as_ref()?)));
         let mut end = to.to_vec();
         loop {
-            let theirs = self.base.last(from, &end)?;
+            let theirs = below.last(from, &end)?;
             return Ok(match (ours, theirs) {
                 (Some((key, value)), Some((their_key, _))) if *key >= their_key => {
                     Some((key.clone(), value.clone()))
                 }
-                (_, Some((their_key, their_value))) => match self.writes.get(&their_key) {
+                (_, Some((their_key, their_value))) => match writes.get(&their_key) {
                     // Deleted here (what is overwritten here was found in `ours`): look below it.
                     Some(_) => {
                         end = their_key;
