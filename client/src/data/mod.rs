@@ -17,7 +17,8 @@ use dfs_proto::{ChunkId, FsResult, InodeNo};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use crate::write::core::Dirty;
+pub use crate::write::core::{Change, Dirty};
+pub use crate::write::driver::{Busy, HeldCommits};
 
 /// The data plane's settings.
 #[derive(Clone, Copy, Debug)]
@@ -129,6 +130,15 @@ impl DataPlane {
     #[must_use]
     pub fn dirty(&self, ino: InodeNo) -> Option<Dirty> {
         self.writer.dirty(ino)
+    }
+
+    /// Attributes are about to be set that a commit changes, too: the inode's bytes go to the chunks now, but are
+    /// committed only when the answer is dropped. None: nothing waits.
+    ///
+    /// # Errors
+    /// [`Busy`] when the bytes must be flushed first.
+    pub fn hold(&self, ino: InodeNo, change: Change) -> Result<Option<HeldCommits<'_>>, Busy> {
+        self.writer.hold(ino, change)
     }
 
     /// The inode's next commit clears suid, sgid and capabilities.

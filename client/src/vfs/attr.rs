@@ -1,6 +1,7 @@
 //! lookup, getattr, setattr, access.
 
 use super::{Client, Inner, attr_of, check_name, entry, own_cred};
+use crate::data::{Busy, Change};
 use dfs_proto::v1::{self, Attr, Cred, ErrorCode, mutation, query};
 use dfs_proto::{FsError, FsResult, InodeNo};
 use std::time::Duration;
@@ -56,19 +57,29 @@ impl Client {
         self.inner.ask_attr(ino, generation).await
     }
 
-    /// Changes attributes; a size cuts or extends the file. Flushes what is held of the inode before.
+    /// Changes attributes; a size cuts or extends the file, and flushes what is held of the inode before. Bytes written
+    /// before a change of times are on their way when it returns, and do not change the times again.
     ///
     /// Clearing set-user-id, set-group-id and capabilities, as chown and an unprivileged truncate do, is decided here.
     ///
     /// # Errors
-    /// ErrorNotPermitted, ErrorAccess, ErrorFileTooBig, ErrorInvalid, and those of the flush.
+    /// ErrorNotPermitted, ErrorAccess, ErrorFileTooBig, ErrorInvalid, and those of a flush.
     pub async fn setattr(&self, cred: &Cred, mut change: v1::SetAttr) -> FsResult<Attr> {
         let ino = InodeNo(change.ino);
-        let times = change.atime.is_some() || change.mtime.is_some() || change.atime_now || change.mtime_now;
-        if change.size.is_some() || times {
-            // A commit that came later would bring the old size or time back.
+        // A commit that came later would bring back the old size, or the time of the write.
+        let held = if change.size.is_some() {
             self.inner.flush_if_dirty(ino).await?;
-        }
+            None
+        } else {
+            let mtime = change.mtime.is_some() || change.mtime_now;
+            match self.inner.data.hold(ino, Change { mtime, mode: change.mode.is_some() }) {
+                Ok(held) => held,
+                Err(Busy) => {
+                    self.inner.flush_if_dirty(ino).await?;
+                    None
+                }
+            }
+        };
         if change.atime.is_some() || change.atime_now {
             self.inner.atimes.forget(ino);
         }
@@ -83,6 +94,9 @@ impl Client {
         }
         match answer {
             Ok(attr) => {
+                if let Some(held) = held {
+                    held.changed();
+                }
                 self.inner.cache.learn(&attr);
                 if policy {
                     self.inner.follow_policy(&attr);
@@ -122,9 +136,11 @@ impl Inner {
                 attr.blocks += grown.div_ceil(512);
                 attr.size = dirty.end;
             }
-            for time in [&mut attr.mtime, &mut attr.ctime] {
-                if time.is_none_or(|time| time.key() < dirty.mtime.key()) {
-                    *time = Some(dirty.mtime);
+            if let Some(written) = dirty.mtime {
+                for time in [&mut attr.mtime, &mut attr.ctime] {
+                    if time.is_none_or(|time| time.key() < written.key()) {
+                        *time = Some(written);
+                    }
                 }
             }
         }

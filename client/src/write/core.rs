@@ -3,8 +3,8 @@
 
 use super::chunk::{OpenChunk, Pool};
 use super::commit;
-use super::inode::{Committing, Inode, Record};
-use super::{Action, CommitId, Policy, Settings, WaiterId};
+use super::inode::{Committing, Held, Inode, Record};
+use super::{Action, CommitId, Hold, HoldId, Policy, Settings, WaiterId};
 use bytes::Bytes;
 use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::{COMMIT_SLICES_MAX, FILE_SIZE_MAX};
@@ -18,13 +18,20 @@ const COMMIT_RECORDS: usize = COMMIT_SLICES_MAX / 2;
 /// Committed records up to this long are worth keeping for reads: small files are often read soon after.
 const KEEP_MAX: usize = 128 << 10;
 
+/// Attributes that a program sets and that a commit changes, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    pub mtime: bool,
+    pub mode: bool,
+}
+
 /// Dirty bytes of an inode as its attributes show them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dirty {
     /// Where the last dirty byte ends: the file is at least this long.
     pub end: u64,
-    /// When it was last written, in the master's time.
-    pub mtime: Timestamp,
+    /// When it was last written, in the master's time; None: the time was set since.
+    pub mtime: Option<Timestamp>,
 }
 
 /// The state of the write side. One owner; every event is a method, its consequences wait in `actions`.
@@ -159,6 +166,7 @@ impl Core {
             inode.progress_at = now;
         }
         inode.mtime = mtime;
+        inode.keep_mtime = false;
         let before = inode.extents.unsent();
         inode.extents.write(offset, data, now);
         // Never less than before: what the write covers is unsent now.
@@ -204,6 +212,41 @@ impl Core {
         self.inode(ino, now).kill_priv = true;
     }
 
+    /// Attributes of the inode are about to be changed that a commit would change, too: its bytes go to the chunks now,
+    /// but are committed only after [`Core::release_hold`].
+    pub fn hold(&mut self, ino: InodeNo, change: Change, now: Duration) -> Hold {
+        let Some(inode) = self.inodes.get_mut(&ino) else { return Hold::Clean };
+        let kills = inode.kill_priv || inode.committing.as_ref().is_some_and(|commit| commit.kill_priv);
+        if !(change.mtime && !inode.is_clean() || change.mode && kills) {
+            return Hold::Clean;
+        }
+        if inode.committing.is_some() || inode.held.is_some() {
+            return Hold::Busy;
+        }
+        self.next_id += 1;
+        let id = HoldId(self.next_id);
+        inode.held = Some(Held { id, kept_mtime: inode.keep_mtime });
+        inode.keep_mtime |= change.mtime;
+        self.push(ino, true, now);
+        self.dispatch(now);
+        Hold::Held(id)
+    }
+
+    /// The attributes are changed, or not (None): commits go on.
+    pub fn release_hold(&mut self, ino: InodeNo, id: HoldId, changed: Option<Change>, now: Duration) {
+        let Some(inode) = self.inodes.get_mut(&ino) else { return };
+        let Some(held) = inode.held.take_if(|held| held.id == id) else { return };
+        inode.progress_at = now;
+        match changed {
+            // Privileges that were set are not taken away by bytes that were written before.
+            Some(change) => inode.kill_priv &= !change.mode,
+            None => inode.keep_mtime &= held.kept_mtime,
+        }
+        self.try_commit(ino, now);
+        self.forget_if_done(ino);
+        self.dispatch(now);
+    }
+
     /// Asks for everything of an inode to be synced and committed. The waiter is woken when it is; None: it is.
     ///
     /// # Errors
@@ -234,7 +277,7 @@ impl Core {
     #[must_use]
     pub fn dirty(&self, ino: InodeNo) -> Option<Dirty> {
         let inode = self.inodes.get(&ino)?;
-        Some(Dirty { end: inode.extents.end()?, mtime: inode.mtime })
+        Some(Dirty { end: inode.extents.end()?, mtime: (!inode.keep_mtime).then_some(inode.mtime) })
     }
 
     /// The dirty bytes within a range, in order.
@@ -284,7 +327,10 @@ impl Core {
     /// Commits an inode's oldest records if they are wanted and on disk, and no other commit of it is in flight.
     pub(super) fn try_commit(&mut self, ino: InodeNo, now: Duration) {
         let Some(inode) = self.inodes.get_mut(&ino) else { return };
-        if inode.committing.is_some() || inode.sent.front().is_none_or(|record| record.run > inode.target) {
+        if inode.committing.is_some()
+            || inode.held.is_some()
+            || inode.sent.front().is_none_or(|record| record.run > inode.target)
+        {
             return;
         }
         let chunks = &self.chunks;
@@ -304,6 +350,7 @@ impl Core {
             slices: commit::slices(&records),
             mtime: Some(inode.mtime),
             kill_priv,
+            keep_mtime: inode.keep_mtime,
         };
         inode.committing = Some(Committing { id, kill_priv, records });
         inode.progress_at = inode.progress_at.max(now);
@@ -349,6 +396,7 @@ impl Core {
                 }
                 self.line_up(ino);
                 self.mark_syncs(ino);
+                self.try_commit(ino, now);
                 self.wake_satisfied(ino);
             }
             Err(error) => self.fail_inode(ino, &error, now),
@@ -385,7 +433,7 @@ impl Core {
     }
 
     /// Takes a given-up chunk's records of an inode back into its queue.
-    pub(super) fn requeue(&mut self, ino: InodeNo, chunk: ChunkId) {
+    pub(super) fn requeue(&mut self, ino: InodeNo, chunk: ChunkId, now: Duration) {
         let Some(inode) = self.inodes.get_mut(&ino) else { return };
         let (failed, sent): (VecDeque<Record>, VecDeque<Record>) =
             inode.sent.drain(..).partition(|record| record.chunk == chunk);
@@ -395,8 +443,10 @@ impl Core {
             self.used += inode.requeue(&record);
         }
         self.line_up(ino);
-        // A flush may wait for later records now, which nobody has asked to be synced.
+        // A flush may wait for later records now, which nobody has asked to be synced; or which are synced already, and
+        // waited for these, of which a later write may have left nothing.
         self.mark_syncs(ino);
+        self.try_commit(ino, now);
         self.wake_satisfied(ino);
     }
 
@@ -410,9 +460,10 @@ impl Core {
                 continue;
             }
             let timeout = self.settings.operation_timeout;
-            // A commit in flight is bounded by the session; dropping its bytes now could reorder commits.
+            // A commit in flight, or what holds it, is bounded by the session; dropping its bytes now could reorder commits.
             if !timeout.is_zero()
                 && inode.committing.is_none()
+                && inode.held.is_none()
                 && now.saturating_sub(inode.progress_at) > timeout
             {
                 stalled.push(*ino);

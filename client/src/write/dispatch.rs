@@ -399,7 +399,7 @@ impl Core {
         }
         let owners: BTreeSet<InodeNo> = chunk.records.into_values().collect();
         for ino in owners {
-            self.requeue(ino, id);
+            self.requeue(ino, id, now);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Carries out what the write side's core decides: streams to daemons, commits and allocations at the master, timers.
 
-use super::core::{Core, Dirty};
-use super::{Action, CommitId, Policy, Settings, WaiterId};
+use super::core::{Change, Core, Dirty};
+use super::{Action, CommitId, Hold, HoldId, Policy, Settings, WaiterId};
 use crate::data::links::{AppendEvent, AppendLink, Task};
 use crate::master::{Defaults, Master};
 use bytes::Bytes;
@@ -305,6 +305,15 @@ impl Writer {
         self.lock().core.dirty(ino)
     }
 
+    /// As [`Core::hold`]; what is held is let go when the answer is dropped.
+    pub(crate) fn hold(&self, ino: InodeNo, change: Change) -> Result<Option<HeldCommits<'_>>, Busy> {
+        match self.with(|core, now| core.hold(ino, change, now)) {
+            Hold::Clean => Ok(None),
+            Hold::Held(id) => Ok(Some(HeldCommits { writer: self, ino, id, change, changed: false })),
+            Hold::Busy => Err(Busy),
+        }
+    }
+
     pub(crate) fn kill_priv(&self, ino: InodeNo) {
         self.with(|core, now| core.kill_priv(ino, now));
     }
@@ -322,6 +331,33 @@ impl Writer {
         self.lock().core.read(ino, offset, len)
     }
 }
+
+/// No commit of an inode goes out while this exists.
+pub struct HeldCommits<'w> {
+    writer: &'w Writer,
+    ino: InodeNo,
+    id: HoldId,
+    change: Change,
+    changed: bool,
+}
+
+impl HeldCommits<'_> {
+    /// The attributes are changed.
+    pub fn changed(mut self) {
+        self.changed = true;
+    }
+}
+
+impl Drop for HeldCommits<'_> {
+    fn drop(&mut self) {
+        let changed = self.changed.then_some(self.change);
+        self.writer.with(|core, now| core.release_hold(self.ino, self.id, changed, now));
+    }
+}
+
+/// A commit is on its way: flush first.
+#[derive(Clone, Copy, Debug)]
+pub struct Busy;
 
 fn unexpected(body: &Body) -> FsError {
     FsError::new(ErrorCode::ErrorIo, format!("the master gave an answer to another question: {body:?}"))

@@ -1,7 +1,7 @@
 //! One inode's way from unsent bytes to a commit. Pure.
 
 use super::extents::{Extents, Run};
-use super::{CommitId, Policy, RunNo, WaiterId};
+use super::{CommitId, HoldId, Policy, RunNo, WaiterId};
 use bytes::Bytes;
 use dfs_proto::v1::{Attr, Timestamp};
 use dfs_proto::{ChunkId, Epoch, FsError};
@@ -54,6 +54,14 @@ pub struct Committing {
     pub records: Vec<Record>,
 }
 
+/// A hold on an inode's commits.
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    pub id: HoldId,
+    /// `keep_mtime` as it was before: counts again if nothing is changed after all.
+    pub kept_mtime: bool,
+}
+
 /// Everything about an inode with bytes that are not committed.
 #[derive(Debug)]
 pub struct Inode {
@@ -81,6 +89,10 @@ pub struct Inode {
     /// Whether it stands in the line of inodes with queued runs.
     pub in_line: bool,
     pub mtime: Timestamp,
+    /// mtime was set after the last write: the next commit leaves it as it is.
+    pub keep_mtime: bool,
+    /// Attributes are being changed that the next commit must come after.
+    pub held: Option<Held>,
     /// The next commit clears suid, sgid and capabilities.
     pub kill_priv: bool,
     /// The answer to the last commit.
@@ -108,6 +120,8 @@ impl Inode {
             chunk: None,
             in_line: false,
             mtime: Timestamp::default(),
+            keep_mtime: false,
+            held: None,
             kill_priv: false,
             attr: None,
             error: None,
@@ -124,7 +138,11 @@ impl Inode {
     /// Nothing is left to know about it.
     #[must_use]
     pub fn is_forgettable(&self) -> bool {
-        self.is_clean() && self.waiters.is_empty() && self.error.is_none() && !self.kill_priv
+        self.is_clean()
+            && self.waiters.is_empty()
+            && self.error.is_none()
+            && self.held.is_none()
+            && !self.kill_priv
     }
 
     /// The oldest run of which something is not committed.

@@ -56,6 +56,21 @@ pub struct WaiterId(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CommitId(pub u64);
 
+/// One hold on an inode's commits: whoever took it ends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct HoldId(pub u64);
+
+/// Whether attributes can be changed now although bytes are not committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// Nothing waits to be committed.
+    Clean,
+    /// No commit goes out before [`core::Core::release_hold`].
+    Held(HoldId),
+    /// A commit is on its way, or somebody else holds the next: flush first.
+    Busy,
+}
+
 /// The write side's settings.
 #[derive(Clone, Debug)]
 pub struct Settings {

@@ -1,7 +1,7 @@
 //! The core against a model cluster: whatever fails and however events interleave, flushed bytes are committed.
 
-use super::core::Core;
-use super::{Action, CommitId, Policy, Settings, WaiterId};
+use super::core::{Change, Core};
+use super::{Action, CommitId, Hold, HoldId, Policy, Settings, WaiterId};
 use dfs_proto::error::ErrorCode;
 use dfs_proto::v1::{self, AppendReply, ChunkAccess, Failure, Replica, Timestamp};
 use dfs_proto::{FsError, InodeNo};
@@ -32,6 +32,13 @@ struct World {
     /// What a flush must have brought to the master when it returns.
     flushes: HashMap<WaiterId, (InodeNo, Vec<u8>)>,
     lost: Vec<FsError>,
+    /// The time that each file has at the master, and the one that it must have when everything is committed: seconds,
+    /// positive when it is a write's.
+    times: HashMap<InodeNo, i64>,
+    due_times: HashMap<InodeNo, i64>,
+    /// Changes of times on their way, and whether something was written since they left.
+    setting: Vec<(InodeNo, HoldId, bool)>,
+    next_time: i64,
     capacity: u64,
     refuse: bool,
     next_write: u8,
@@ -61,6 +68,10 @@ impl World {
             committed: HashMap::new(),
             flushes: HashMap::new(),
             lost: Vec::new(),
+            times: HashMap::new(),
+            due_times: HashMap::new(),
+            setting: Vec::new(),
+            next_time: 0,
             capacity,
             refuse: false,
             next_write: 0,
@@ -74,7 +85,13 @@ impl World {
                     assert_eq!(address, self.chunks[&request.chunk].address);
                     self.appends.push(request);
                 }
-                Action::Commit { ino, id, commit } => self.commits.push((ino, id, commit)),
+                Action::Commit { ino, id, commit } => {
+                    assert!(
+                        self.setting.iter().all(|(held, ..)| *held != ino),
+                        "a commit that is held goes out"
+                    );
+                    self.commits.push((ino, id, commit));
+                }
                 Action::Alloc { policy, count } => self.allocs.push((policy, count)),
                 Action::Seal { chunk, failed, .. } => {
                     let chunk = self.chunks.get_mut(&chunk.get()).unwrap();
@@ -116,6 +133,10 @@ impl World {
         let time = Timestamp { seconds: i64::from(self.next_write), nanos: 0 };
         match self.core.write(ino, offset, &data, time, self.now) {
             Some(Ok(())) => {
+                self.due_times.insert(ino, time.seconds);
+                for (held, _, written) in &mut self.setting {
+                    *written |= *held == ino;
+                }
                 let file = self.written.entry(ino).or_default();
                 file.resize(file.len().max(offset as usize + len), 0);
                 file[offset as usize..offset as usize + len].copy_from_slice(&data);
@@ -152,6 +173,39 @@ impl World {
         self.act();
     }
 
+    /// A program sets a file's times.
+    fn set_times(&mut self, ino: u64) {
+        let ino = InodeNo(ino);
+        match self.core.hold(ino, Change { mtime: true, mode: false }, self.now) {
+            Hold::Clean => self.times_set(ino, false),
+            Hold::Held(id) => self.setting.push((ino, id, false)),
+            Hold::Busy => {}
+        }
+        self.act();
+    }
+
+    fn times_set(&mut self, ino: InodeNo, written_since: bool) {
+        self.next_time -= 1;
+        self.times.insert(ino, self.next_time);
+        if !written_since {
+            self.due_times.insert(ino, self.next_time);
+        }
+    }
+
+    /// The master has answered one that was on its way.
+    fn deliver_times(&mut self, nth: usize, refused: bool) {
+        if self.setting.is_empty() {
+            return;
+        }
+        let (ino, id, written_since) = self.setting.remove(nth % self.setting.len());
+        let change = Change { mtime: true, mode: false };
+        if !refused {
+            self.times_set(ino, written_since);
+        }
+        self.core.release_hold(ino, id, (!refused).then_some(change), self.now);
+        self.act();
+    }
+
     fn deliver_append(&mut self, nth: usize) {
         if self.appends.is_empty() {
             return;
@@ -183,6 +237,9 @@ impl World {
         let result = if stale {
             Err(ErrorCode::ErrorStaleEpoch.into())
         } else {
+            if !commit.keep_mtime {
+                self.times.insert(ino, commit.mtime.unwrap().seconds);
+            }
             let file = self.committed.entry(ino).or_default();
             for slice in &commit.slices {
                 let (from, to) = (slice.file_offset as usize, (slice.file_offset + slice.length) as usize);
@@ -263,6 +320,9 @@ impl World {
     /// From here on everything works.
     fn settle(&mut self) {
         self.refuse = false;
+        while !self.setting.is_empty() {
+            self.deliver_times(0, false);
+        }
         for _ in 0..20_000 {
             if self.core.is_idle() && self.appends.is_empty() && self.commits.is_empty() {
                 break;
@@ -291,6 +351,8 @@ enum Event {
     Tick(u64),
     Session,
     Refuse(bool),
+    SetTimes(u64),
+    Times(usize, bool),
 }
 
 fn event() -> impl Strategy<Value = Event> {
@@ -305,6 +367,8 @@ fn event() -> impl Strategy<Value = Event> {
         3 => prop_oneof![Just(50_u64), Just(600), Just(2500)].prop_map(Event::Tick),
         1 => Just(Event::Session),
         1 => any::<bool>().prop_map(Event::Refuse),
+        3 => (1_u64..4).prop_map(Event::SetTimes),
+        3 => (0_usize..9, any::<bool>()).prop_map(|(nth, refused)| Event::Times(nth, refused)),
     ]
 }
 
@@ -333,6 +397,8 @@ proptest! {
                     world.act();
                 }
                 Event::Refuse(refuse) => world.refuse = refuse,
+                Event::SetTimes(ino) => world.set_times(ino),
+                Event::Times(nth, refused) => world.deliver_times(nth, refused),
             }
         }
         world.settle();
@@ -341,6 +407,53 @@ proptest! {
             prop_assert_eq!(&world.committed[ino], bytes);
         }
         prop_assert!(world.lost.is_empty());
+        prop_assert_eq!(world.times, world.due_times);
+    }
+}
+
+#[test]
+fn a_commit_waits_for_times_that_are_being_set_and_leaves_them_alone() {
+    let mut world = World::new(1 << 20, 1 << 20);
+    world.write(1, 0, 100);
+    world.set_times(1);
+    world.deliver_alloc();
+    // The bytes travel meanwhile.
+    world.deliver_append(0);
+    assert!(world.commits.is_empty());
+    assert_eq!(world.core.dirty(InodeNo(1)).unwrap().mtime, None);
+    world.deliver_times(0, false);
+    assert!(world.commits[0].2.keep_mtime);
+    // Written again before the commit is answered: the next one has a new time.
+    world.write(1, 0, 10);
+    assert!(world.core.dirty(InodeNo(1)).unwrap().mtime.is_some());
+    world.flush(1);
+    world.deliver_commit(0);
+    world.deliver_append(0);
+    assert!(!world.commits[0].2.keep_mtime);
+    world.settle();
+    assert_eq!(world.times, world.due_times);
+}
+
+#[test]
+fn a_mode_that_is_set_is_not_undone_by_bytes_written_before() {
+    let mut world = World::new(1 << 20, 1 << 20);
+    let (ino, mode) = (InodeNo(1), Change { mtime: false, mode: true });
+    world.write(1, 0, 100);
+    assert_eq!(world.core.hold(ino, mode, world.now), Hold::Clean);
+    for refused in [true, false] {
+        world.write(1, 0, 100);
+        world.core.kill_priv(ino, world.now);
+        let Hold::Held(id) = world.core.hold(ino, mode, world.now) else { panic!("privileges are at stake") };
+        assert_eq!(world.core.hold(ino, mode, world.now), Hold::Busy);
+        world.act();
+        world.deliver_alloc();
+        while !world.appends.is_empty() {
+            world.deliver_append(0);
+        }
+        world.core.release_hold(ino, id, (!refused).then_some(mode), world.now);
+        world.act();
+        assert_eq!(world.commits[0].2.kill_priv, refused);
+        world.deliver_commit(0);
     }
 }
 

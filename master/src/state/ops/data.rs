@@ -44,9 +44,11 @@ pub fn commit(s: &mut State<'_>, by: &Caller<'_>, op: &v1::Commit) -> OpResult<B
         attr::drop_privileges(s, by, &mut inode)?;
     }
     inode.changed(s.now);
-    // The time of the write, by the client's idea of the master's clock, which may be ahead.
-    let written = op.mtime.filter(|mtime| mtime.nanos < 1_000_000_000 && mtime.key() <= s.now.key());
-    inode.attr.mtime = Some(written.unwrap_or(s.now));
+    if !op.keep_mtime {
+        // The time of the write, by the client's idea of the master's clock, which may be ahead.
+        let written = op.mtime.filter(|mtime| mtime.nanos < 1_000_000_000 && mtime.key() <= s.now.key());
+        inode.attr.mtime = Some(written.unwrap_or(s.now));
+    }
     s.tx.put_inode(&inode);
     Ok(entry(&inode, false))
 }

@@ -198,7 +198,7 @@ impl World {
     }
 
     fn commit(&self, ino: u64, slices: Vec<v1::CommitSlice>) -> FsResult<Attr> {
-        let op = v1::Commit { ino, slices, mtime: None, kill_priv: false };
+        let op = v1::Commit { ino, slices, mtime: None, ..v1::Commit::default() };
         self.mutate(&root(), mutation::Op::Commit(op)).map(attr_of)
     }
 
