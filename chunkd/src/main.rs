@@ -49,9 +49,7 @@ fn run(path: &Path) -> Result<(), StartError> {
     let text = String::from_utf8(text).map_err(|_| usage("this is not text".to_owned()))?;
     let config = Config::parse(&text).map_err(usage)?;
     raise_open_files();
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
+    dfs_env::runtime::build("dfs-chunkd")
         .map_err(|error| StartError::Failed(format!("no runtime: {error}")))?
         .block_on(serve(env, config))
 }

@@ -8,6 +8,7 @@ pub mod clock;
 pub mod disk;
 pub mod net;
 pub mod rpc;
+pub mod runtime;
 
 pub use clock::Clock;
 pub use disk::{Disk, DiskFile};

@@ -65,7 +65,7 @@ fn main() -> ExitCode {
         println!("{}: valid, cluster {}", arguments.config.display(), config.key.cluster_id());
         return ExitCode::SUCCESS;
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match dfs_env::runtime::build("dfs-master") {
         Ok(runtime) => runtime,
         Err(error) => return fail(FAILED, &format!("cannot start the runtime: {error}")),
     };

@@ -53,7 +53,7 @@ pub fn settings(env: &Env, options: &Options, place: &Path) -> Result<ClientConf
 
 /// Serves a mount until it is unmounted or a signal asks for its end. Answers the exit status.
 pub fn serve(wish: &MountWish, place: PathBuf, config: ClientConfig, starter: Starter) -> u8 {
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("dfs").build() {
+    let runtime = match dfs_env::runtime::build("dfs") {
         Ok(runtime) => runtime,
         Err(error) => return fail(starter, &Failure::operation(error)),
     };

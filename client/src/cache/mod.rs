@@ -6,6 +6,8 @@
 //!   answered from before that change: its answer is not kept. Each question takes a [`Ticket`] first, each change
 //!   leaves its stamp when it ends ([`Cache::changed`]). What was kept while the change was under way, it replaces.
 
+mod whole;
+
 use bytes::Bytes;
 use dfs_proto::InodeNo;
 use dfs_proto::v1::{Attr, Timestamp};
@@ -15,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
+use whole::WholeDirs;
 
 /// Locks that lookups of different inodes share.
 const SHARDS: usize = 16;
@@ -35,6 +38,7 @@ pub struct Cache {
     stamps: Vec<AtomicU64>,
     attrs: Vec<Mutex<LruCache<u64, Known>>>,
     names: Vec<Mutex<LruCache<(u64, Bytes), Named>>>,
+    whole: Mutex<WholeDirs>,
 }
 
 #[derive(Clone, Copy)]
@@ -61,6 +65,7 @@ impl Cache {
             stamps: (0..STAMPS).map(|_| AtomicU64::new(0)).collect(),
             attrs: (0..SHARDS).map(|_| Mutex::new(LruCache::new(shard))).collect(),
             names: (0..SHARDS).map(|_| Mutex::new(LruCache::new(shard))).collect(),
+            whole: Mutex::new(WholeDirs::new()),
         }
     }
 
@@ -157,17 +162,43 @@ impl Cache {
         self.name_shard(parent, name).put((parent.get(), Bytes::copy_from_slice(name)), named);
     }
 
+    /// This client made a directory, and asked for it with this ticket.
+    pub fn made_dir(&self, ticket: &Ticket, dir: &Attr) {
+        self.whole().made(InodeNo(dir.ino), dir.version, ticket.asked + self.ttl);
+    }
+
+    /// This client made a name in a directory, which is of this version since.
+    pub fn made_name(&self, ticket: &Ticket, dir: InodeNo, name: &Bytes, version: u64) {
+        self.whole().added(dir, name, version, ticket.asked + self.ttl);
+    }
+
+    /// This client changed the names in a directory otherwise than by making one.
+    pub fn changed_names(&self, dir: InodeNo) {
+        self.whole().forget(dir);
+    }
+
     /// Nothing is known of a name any longer.
     pub fn forget_name(&self, parent: InodeNo, name: &[u8]) {
         self.changed(parent);
+        self.changed_names(parent);
         self.name_shard(parent, name).pop(&(parent.get(), Bytes::copy_from_slice(name)));
     }
 
     /// What a name stands for (`None`: nothing) and how long that may still be believed.
     #[must_use]
     pub fn name(&self, parent: InodeNo, name: &[u8]) -> Option<(Option<InodeNo>, Duration)> {
-        let named = *self.name_shard(parent, name).get(&(parent.get(), Bytes::copy_from_slice(name)))?;
-        Some((named.ino, left(named.until)?))
+        let named = self.name_shard(parent, name).get(&(parent.get(), Bytes::copy_from_slice(name))).copied();
+        if let Some(named) = named
+            && let Some(left) = left(named.until)
+        {
+            return Some((named.ino, left));
+        }
+        let until = self.whole().lacks(parent, name)?;
+        Some((None, left(until)?))
+    }
+
+    fn whole(&self) -> MutexGuard<'_, WholeDirs> {
+        self.whole.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn insert_attr(&self, attr: &Attr, until: Instant) {

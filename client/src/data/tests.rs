@@ -87,7 +87,7 @@ impl FakeMaster {
         *size = (*size).max(end);
         let attr = v1::Attr { ino: commit.ino, size: *size, ..v1::Attr::default() };
         books.commits.push(commit);
-        Ok(Body::Entry(v1::Entry { attr: Some(attr), created: false }))
+        Ok(Body::Entry(v1::Entry { attr: Some(attr), ..v1::Entry::default() }))
     }
 
     fn slices(&self, ask: &v1::GetSlices) -> Body {

@@ -115,7 +115,11 @@ fn the_hello_asserts_opens_and_locks_again() {
     let (locked, _c) = submit(&mut state, hold(hold::Op::Lock(lock(2))));
     assert!(state.may_have_locks(1, 2) && !state.may_have_locks(1, 3));
     sent(&mut state);
-    let made = v1::Entry { attr: Some(v1::Attr { ino: 6, ..v1::Attr::default() }), created: true };
+    let made = v1::Entry {
+        attr: Some(v1::Attr { ino: 6, ..v1::Attr::default() }),
+        created: true,
+        ..v1::Entry::default()
+    };
     done(state.answered(vec![
         reply(open, Body::Opened(v1::Opened::default())),
         reply(create, Body::Entry(made)),

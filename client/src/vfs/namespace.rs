@@ -25,10 +25,20 @@ impl Client {
         }
         let (parent, name) = (InodeNo(what.parent), what.name.clone());
         let anonymous = what.anonymous;
-        let answer = self.inner.master.mutate(cred, mutation::Op::Create(what)).await;
         let cache = &self.inner.cache;
+        let ticket = cache.ticket();
+        let answer = self.inner.master.mutate(cred, mutation::Op::Create(what)).await;
         let made = answer.and_then(|body| match body {
-            answer::Body::Entry(made) => Ok(Entry { attr: attr_of(made.attr)?, created: made.created }),
+            answer::Body::Entry(made) => {
+                let attr = attr_of(made.attr)?;
+                if made.created && !anonymous {
+                    cache.made_name(&ticket, parent, &name, made.dir_version);
+                }
+                if made.created && is_dir(&attr) {
+                    cache.made_dir(&ticket, &attr);
+                }
+                Ok(Entry { attr, created: made.created })
+            }
             other => Err(unexpected(&other)),
         });
         match made {
@@ -130,8 +140,10 @@ impl Client {
         };
         let cache = &self.inner.cache;
         let answer = self.inner.master.mutate(cred, mutation::Op::Rename(change)).await;
-        cache.forget_attr(parent);
-        cache.forget_attr(new_parent);
+        for dir in [parent, new_parent] {
+            cache.forget_attr(dir);
+            cache.changed_names(dir);
+        }
         match answer {
             Ok(answer::Body::Renamed(renamed)) => {
                 self.inner.renamed((parent, name), (new_parent, new_name), exchange, &renamed);
@@ -166,6 +178,7 @@ impl Client {
         };
         let answer = self.inner.master.mutate(cred, mutation::Op::Link(change)).await.and_then(entry);
         let cache = &self.inner.cache;
+        cache.changed_names(new_parent);
         match answer {
             Ok(attr) => {
                 cache.dir_changed(new_parent, attr.ctime, 1, 0);
@@ -201,6 +214,7 @@ impl Inner {
         check_name(name)?;
         let change = v1::Unlink { parent: parent.get(), name: Bytes::copy_from_slice(name), directory };
         let answer = self.master.mutate(cred, mutation::Op::Unlink(change)).await;
+        self.cache.changed_names(parent);
         match answer {
             Ok(answer::Body::Unlinked(v1::Unlinked { attr })) => {
                 self.cache.set_name(parent, name, None);

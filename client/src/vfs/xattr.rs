@@ -2,7 +2,7 @@
 
 use super::{Client, entry, own_cred, unexpected};
 use bytes::Bytes;
-use dfs_proto::v1::{self, Cred, ErrorCode, answer, mutation, query};
+use dfs_proto::v1::{self, Attr, Cred, ErrorCode, answer, mutation, query};
 use dfs_proto::{FsError, FsResult, InodeNo, limits};
 
 impl Client {
@@ -12,6 +12,11 @@ impl Client {
     /// ErrorNoData when there is none of that name, ErrorAccess, and the session's.
     pub async fn getxattr(&self, cred: &Cred, ino: InodeNo, name: &[u8]) -> FsResult<Bytes> {
         check_xattr_name(name)?;
+        if let Some((attr, _)) = self.inner.cache.attr(ino)
+            && lacks(&attr, name)
+        {
+            return Err(ErrorCode::ErrorNoData.into());
+        }
         let question = v1::GetXattr { ino: ino.get(), name: Bytes::copy_from_slice(name) };
         match self.inner.master.query(cred, query::Op::GetXattr(question)).await? {
             answer::Body::Data(value) => Ok(value),
@@ -83,6 +88,17 @@ impl Client {
                 Err(error)
             }
         }
+    }
+}
+
+/// Whether attributes tell that an inode has no such extended attribute. The kernel asks for these before each write and
+/// each change of owner.
+fn lacks(attr: &Attr, name: &[u8]) -> bool {
+    match name {
+        b"security.capability" => !attr.has_capability,
+        b"system.posix_acl_access" => !attr.has_acl,
+        b"system.posix_acl_default" => !attr.has_default_acl,
+        _ => false,
     }
 }
 

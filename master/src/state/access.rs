@@ -41,7 +41,7 @@ pub fn permits(tx: &Tx<'_>, cred: &Cred, inode: &Inode, mask: u32) -> io::Result
     let granted = if cred.uid == attr.uid {
         attr.mode >> 6
     } else {
-        if inode.has_acl
+        if inode.attr.has_acl
             && attr.mode & 0o070 != 0
             && let Some(acl) = acl::access_acl(tx, inode)?
         {

@@ -67,12 +67,12 @@ pub enum Verdict {
 
 /// The inode's access ACL, if it says more than the mode.
 pub fn access_acl(tx: &Tx<'_>, inode: &Inode) -> io::Result<Option<Acl>> {
-    load(tx, inode, inode.has_acl, ACCESS)
+    load(tx, inode, inode.attr.has_acl, ACCESS)
 }
 
 /// What the directory gives to its new entries.
 pub fn default_acl(tx: &Tx<'_>, inode: &Inode) -> io::Result<Option<Acl>> {
-    load(tx, inode, inode.has_default_acl, DEFAULT)
+    load(tx, inode, inode.attr.has_default_acl, DEFAULT)
 }
 
 fn load(tx: &Tx<'_>, inode: &Inode, present: bool, name: &[u8]) -> io::Result<Option<Acl>> {

@@ -63,7 +63,7 @@ fn answer(kv: &dyn Kv, cred: &Cred, query: &v1::Query) -> OpResult<Body> {
 }
 
 fn entry(inode: &Inode) -> Body {
-    Body::Entry(v1::Entry { attr: Some(inode.attr), created: false })
+    Body::Entry(v1::Entry { attr: Some(inode.attr), ..v1::Entry::default() })
 }
 
 impl<'k> Reader<'k> {

@@ -177,36 +177,18 @@ pub struct Inode {
     pub attr: Attr,
     /// A symlink's text.
     pub target: Bytes,
-    pub has_acl: bool,
-    pub has_default_acl: bool,
     /// The sum of the slices' lengths.
     pub mapped: ByteLen,
-    /// `security.capability` is set.
-    pub has_capability: bool,
 }
 
 impl Inode {
     pub fn from_row(key: &[u8], row: v1::InodeRow) -> io::Result<Self> {
         let attr = row.attr.ok_or_else(|| corrupt(key, "an inode without attributes"))?;
-        Ok(Self {
-            attr,
-            target: row.target,
-            has_acl: row.has_acl,
-            has_default_acl: row.has_default_acl,
-            mapped: ByteLen(row.mapped_bytes),
-            has_capability: row.has_capability,
-        })
+        Ok(Self { attr, target: row.target, mapped: ByteLen(row.mapped_bytes) })
     }
 
     pub fn to_row(&self) -> v1::InodeRow {
-        v1::InodeRow {
-            attr: Some(self.attr),
-            target: self.target.clone(),
-            has_acl: self.has_acl,
-            has_default_acl: self.has_default_acl,
-            mapped_bytes: self.mapped.get(),
-            has_capability: self.has_capability,
-        }
+        v1::InodeRow { attr: Some(self.attr), target: self.target.clone(), mapped_bytes: self.mapped.get() }
     }
 
     pub fn ino(&self) -> InodeNo {

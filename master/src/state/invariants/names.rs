@@ -139,9 +139,9 @@ fn check_xattrs(found: &Found, violations: &mut Violations) {
             continue; // being freed in steps
         }
         let flags = [
-            (acl::ACCESS, inode.has_acl),
-            (acl::DEFAULT, inode.has_default_acl),
-            (CAPABILITY, inode.has_capability),
+            (acl::ACCESS, inode.attr.has_acl),
+            (acl::DEFAULT, inode.attr.has_default_acl),
+            (CAPABILITY, inode.attr.has_capability),
         ];
         for (name, flag) in flags {
             violations.unless(flagged.contains(&(*ino, name)) == flag, || {

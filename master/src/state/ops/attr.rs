@@ -85,9 +85,9 @@ pub fn drop_privileges_unless_root(s: &mut State<'_>, by: &Caller<'_>, inode: &m
 }
 
 fn drop_capability(s: &mut State<'_>, inode: &mut Inode) -> OpResult<()> {
-    if inode.has_capability {
+    if inode.attr.has_capability {
         s.tx.delete_xattr(inode.ino(), CAPABILITY)?;
-        inode.has_capability = false;
+        inode.attr.has_capability = false;
     }
     Ok(())
 }

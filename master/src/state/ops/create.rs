@@ -39,7 +39,8 @@ pub fn create(s: &mut State<'_>, by: &Caller<'_>, op: &v1::Create) -> OpResult<B
         parent.modified(s.now);
         s.tx.put_inode(&parent);
     }
-    Ok(entry(&inode, true))
+    let dir_version = if op.anonymous { 0 } else { parent.attr.version };
+    Ok(Body::Entry(v1::Entry { attr: Some(inode.attr), created: true, dir_version }))
 }
 
 fn check_new_name(name: &[u8]) -> OpResult<()> {
@@ -151,9 +152,11 @@ fn new_inode(s: &mut State<'_>, by: &Caller<'_>, parent: &Inode, op: &v1::Create
         replicas: parent.attr.replicas,
         chunk_size: parent.attr.chunk_size,
         parent: if kind == Kind::Dir { parent.attr.ino } else { 0 },
+        has_acl,
+        has_default_acl,
+        has_capability: false,
     };
-    let inode = Inode { attr, target, has_acl, has_default_acl, mapped: ByteLen(0), has_capability: false };
-    Ok((inode, acls))
+    Ok((Inode { attr, target, mapped: ByteLen(0) }, acls))
 }
 
 pub fn link(s: &mut State<'_>, by: &Caller<'_>, op: &v1::Link) -> OpResult<Body> {

@@ -99,5 +99,5 @@ pub fn is_dots(name: &[u8]) -> bool {
 
 /// The answer that shows an inode as it is now.
 pub fn entry(inode: &Inode, created: bool) -> v1::answer::Body {
-    v1::answer::Body::Entry(v1::Entry { attr: Some(inode.attr), created })
+    v1::answer::Body::Entry(v1::Entry { attr: Some(inode.attr), created, dir_version: 0 })
 }

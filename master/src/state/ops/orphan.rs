@@ -88,9 +88,9 @@ fn reap_one(s: &mut State<'_>, ino: InodeNo, budget: usize) -> OpResult<usize> {
         s.cluster.files -= 1;
         freed += 1;
     } else {
-        inode.has_acl = false;
-        inode.has_default_acl = false;
-        inode.has_capability = false;
+        inode.attr.has_acl = false;
+        inode.attr.has_default_acl = false;
+        inode.attr.has_capability = false;
         s.tx.put_inode(&inode);
     }
     Ok(freed)

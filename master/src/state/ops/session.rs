@@ -49,14 +49,7 @@ pub fn init(s: &mut State<'_>) {
         parent: InodeNo::ROOT.get(),
         ..Default::default()
     };
-    s.tx.put_inode(&Inode {
-        attr,
-        target: Bytes::new(),
-        has_acl: false,
-        has_default_acl: false,
-        mapped: ByteLen(0),
-        has_capability: false,
-    });
+    s.tx.put_inode(&Inode { attr, target: Bytes::new(), mapped: ByteLen(0) });
 }
 
 pub fn open(s: &mut State<'_>, op: &v1::OpenSession) -> Body {

@@ -110,7 +110,7 @@ fn set_plain(s: &mut State<'_>, inode: &mut Inode, op: &v1::SetXattr) -> OpResul
         }
     }
     s.tx.put_xattr(inode.ino(), &op.name, &op.value)?;
-    inode.has_capability |= op.name.as_ref() == attr::CAPABILITY;
+    inode.attr.has_capability |= op.name.as_ref() == attr::CAPABILITY;
     Ok(())
 }
 
@@ -123,7 +123,7 @@ fn set_access_acl(s: &mut State<'_>, by: &Caller<'_>, inode: &mut Inode, list: O
         }
     }
     let kept = list.filter(|list| !list.is_minimal());
-    inode.has_acl = kept.is_some();
+    inode.attr.has_acl = kept.is_some();
     put_acl(s, inode.ino(), acl::ACCESS, kept)
 }
 
@@ -131,7 +131,7 @@ fn set_default_acl(s: &mut State<'_>, inode: &mut Inode, list: Option<Acl>) -> O
     if !inode.is_dir() && list.is_some() {
         return refused(ErrorCode::ErrorAccess, "only directories have a default ACL");
     }
-    inode.has_default_acl = list.is_some();
+    inode.attr.has_default_acl = list.is_some();
     put_acl(s, inode.ino(), acl::DEFAULT, list)
 }
 
@@ -152,12 +152,12 @@ pub fn remove(s: &mut State<'_>, by: &Caller<'_>, op: &v1::RemoveXattr) -> OpRes
     let found = s.tx.delete_xattr(inode.ino(), &op.name)?;
     match space {
         // Taking away an ACL that is not there is no error on Linux: the mode is one, too.
-        Space::AccessAcl => inode.has_acl = false,
-        Space::DefaultAcl => inode.has_default_acl = false,
+        Space::AccessAcl => inode.attr.has_acl = false,
+        Space::DefaultAcl => inode.attr.has_default_acl = false,
         Space::User | Space::Trusted | Space::Security if !found => return Err(ErrorCode::ErrorNoData.into()),
         Space::User | Space::Trusted | Space::Security => {}
     }
-    inode.has_capability &= op.name.as_ref() != attr::CAPABILITY;
+    inode.attr.has_capability &= op.name.as_ref() != attr::CAPABILITY;
     inode.changed(s.now);
     s.tx.put_inode(&inode);
     Ok(entry(&inode, false))

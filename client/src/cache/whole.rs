@@ -1,0 +1,94 @@
+//! Directories of which every name is known, because this client made them and every name in them: what is not among
+//! the names is not there, without a question. Filling a new directory asks before each name whether it is free.
+//!
+//! A directory's version tells whether that still holds. The answer to the making of a name says the directory's version
+//! after it; one more than the version known before means that nobody else changed anything in between, and the knowledge
+//! is as fresh as the question.
+
+use bytes::Bytes;
+use dfs_proto::InodeNo;
+use lru::LruCache;
+use std::collections::HashSet;
+use std::num::NonZeroUsize;
+use tokio::time::Instant;
+
+/// Directories known as a whole at the same time, the least recently used go first.
+const DIRS_MAX: NonZeroUsize = NonZeroUsize::new(256).unwrap();
+/// Names of one of them; beyond, it is one like any other.
+const NAMES_MAX: usize = 4096;
+
+struct Whole {
+    version: u64,
+    names: HashSet<Bytes>,
+    until: Instant,
+}
+
+/// The directories that are known as a whole.
+pub struct WholeDirs(LruCache<InodeNo, Whole>);
+
+impl WholeDirs {
+    #[must_use]
+    pub fn new() -> Self {
+        Self(LruCache::new(DIRS_MAX))
+    }
+
+    /// This client made a directory, which has this version and is empty.
+    pub fn made(&mut self, dir: InodeNo, version: u64, until: Instant) {
+        self.0.put(dir, Whole { version, names: HashSet::new(), until });
+    }
+
+    /// This client made a name in a directory, which has this version now.
+    pub fn added(&mut self, dir: InodeNo, name: &Bytes, version: u64, until: Instant) {
+        let Some(whole) = self.0.get_mut(&dir) else { return };
+        if version != whole.version + 1 || whole.names.len() >= NAMES_MAX {
+            self.0.pop(&dir);
+            return;
+        }
+        whole.version = version;
+        whole.names.insert(name.clone());
+        whole.until = whole.until.max(until);
+    }
+
+    /// Something else happened to a directory.
+    pub fn forget(&mut self, dir: InodeNo) {
+        self.0.pop(&dir);
+    }
+
+    /// Until when it may be believed that a directory has no such name, if that is known.
+    #[must_use]
+    pub fn lacks(&mut self, dir: InodeNo, name: &[u8]) -> Option<Instant> {
+        let whole = self.0.get(&dir)?;
+        (!whole.names.contains(name)).then_some(whole.until)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn a_directory_is_known_as_a_whole_until_somebody_else_changes_it() {
+        let (dir, now) = (InodeNo(7), Instant::now());
+        let later = now + Duration::from_secs(1);
+        let mut dirs = WholeDirs::new();
+        let name = |name: &'static str| Bytes::from_static(name.as_bytes());
+        // Nothing is known of a directory that was there before.
+        dirs.added(dir, &name("a"), 2, now);
+        assert_eq!(dirs.lacks(dir, b"b"), None);
+        dirs.made(dir, 1, now);
+        dirs.added(dir, &name("a"), 2, later);
+        assert_eq!((dirs.lacks(dir, b"a"), dirs.lacks(dir, b"b")), (None, Some(later)));
+        // Version 3 was somebody else's doing.
+        dirs.added(dir, &name("b"), 4, later);
+        assert_eq!(dirs.lacks(dir, b"c"), None);
+        dirs.made(dir, 1, now);
+        dirs.forget(dir);
+        assert_eq!(dirs.lacks(dir, b"c"), None);
+        dirs.made(dir, 0, now);
+        for count in 1..=NAMES_MAX as u64 + 1 {
+            dirs.added(dir, &Bytes::from(count.to_string()), count, later);
+        }
+        assert_eq!(dirs.lacks(dir, b"c"), None);
+    }
+}
