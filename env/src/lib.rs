@@ -6,6 +6,7 @@
 
 pub mod clock;
 pub mod disk;
+pub mod memory;
 pub mod net;
 pub mod rpc;
 pub mod runtime;
