@@ -17,8 +17,8 @@ use dfs_proto::{ChunkId, FsResult, InodeNo};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use crate::write::core::{Change, Dirty};
-pub use crate::write::driver::{Busy, HeldCommits};
+pub use crate::write::attrs::AttrSet;
+pub use crate::write::core::Dirty;
 
 /// The data plane's settings.
 #[derive(Clone, Copy, Debug)]
@@ -132,13 +132,11 @@ impl DataPlane {
         self.writer.dirty(ino)
     }
 
-    /// Attributes are about to be set that a commit changes, too: the inode's bytes go to the chunks now, but are
-    /// committed only when the answer is dropped. None: nothing waits.
-    ///
-    /// # Errors
-    /// [`Busy`] when the bytes must be flushed first.
-    pub fn hold(&self, ino: InodeNo, change: Change) -> Result<Option<HeldCommits<'_>>, Busy> {
-        self.writer.hold(ino, change)
+    /// Keeps attributes that somebody sets, to be committed with the bytes written before: they are on their way when this
+    /// returns. False: there are none, and nothing was kept.
+    #[must_use]
+    pub fn set_attrs(&self, ino: InodeNo, cred: &v1::Cred, set: AttrSet) -> bool {
+        self.writer.set_attrs(ino, cred, set)
     }
 
     /// The inode's next commit clears suid, sgid and capabilities.

@@ -1,8 +1,8 @@
 //! lookup, getattr, setattr, access.
 
 use super::{Client, Inner, attr_of, check_name, entry, own_cred};
-use crate::data::{Busy, Change};
-use dfs_proto::v1::{self, Attr, Cred, ErrorCode, mutation, query};
+use crate::data::AttrSet;
+use dfs_proto::v1::{self, Attr, Cred, ErrorCode, Timestamp, mutation, query};
 use dfs_proto::{FsError, FsResult, InodeNo};
 use std::time::Duration;
 
@@ -57,8 +57,8 @@ impl Client {
         self.inner.ask_attr(ino, generation).await
     }
 
-    /// Changes attributes; a size cuts or extends the file, and flushes what is held of the inode before. Bytes written
-    /// before a change of times are on their way when it returns, and do not change the times again.
+    /// Changes attributes; a size cuts or extends the file. Mode, owner and times of a file with bytes that are not
+    /// committed go to the master together with the bytes; before other changes the bytes are flushed.
     ///
     /// Clearing set-user-id, set-group-id and capabilities, as chown and an unprivileged truncate do, is decided here.
     ///
@@ -66,20 +66,11 @@ impl Client {
     /// ErrorNotPermitted, ErrorAccess, ErrorFileTooBig, ErrorInvalid, and those of a flush.
     pub async fn setattr(&self, cred: &Cred, mut change: v1::SetAttr) -> FsResult<Attr> {
         let ino = InodeNo(change.ino);
+        if let Some(attr) = self.inner.set_with_bytes(cred, &change) {
+            return Ok(attr);
+        }
         // A commit that came later would bring back the old size, or the time of the write.
-        let held = if change.size.is_some() {
-            self.inner.flush_if_dirty(ino).await?;
-            None
-        } else {
-            let mtime = change.mtime.is_some() || change.mtime_now;
-            match self.inner.data.hold(ino, Change { mtime, mode: change.mode.is_some() }) {
-                Ok(held) => held,
-                Err(Busy) => {
-                    self.inner.flush_if_dirty(ino).await?;
-                    None
-                }
-            }
-        };
+        self.inner.flush_if_dirty(ino).await?;
         if change.atime.is_some() || change.atime_now {
             self.inner.atimes.forget(ino);
         }
@@ -94,9 +85,6 @@ impl Client {
         }
         match answer {
             Ok(attr) => {
-                if let Some(held) = held {
-                    held.changed();
-                }
                 self.inner.cache.learn(&attr);
                 if policy {
                     self.inner.follow_policy(&attr);
@@ -115,6 +103,7 @@ impl Client {
     /// # Errors
     /// ErrorAccess when not, and the session's.
     pub async fn access(&self, cred: &Cred, ino: InodeNo, mask: u32) -> FsResult<()> {
+        self.inner.settle_attrs(ino).await?;
         let ticket = self.inner.cache.ticket();
         let question = query::Op::Access(v1::Access { ino: ino.get(), mask });
         let attr = self.inner.master.query(cred, question).await.and_then(entry)?;
@@ -124,6 +113,21 @@ impl Client {
 }
 
 impl Inner {
+    /// Keeps a change of a file with bytes that are not committed, to be committed together with them, if the master
+    /// will certainly take it. Answers the attributes then.
+    fn set_with_bytes(&self, cred: &Cred, change: &v1::SetAttr) -> Option<Attr> {
+        let ino = InodeNo(change.ino);
+        let set = AttrSet::of(change)?;
+        let (known, _) = self.cache.attr(ino)?;
+        if !set.is_certain(cred, &self.overlaid(known)) || !self.data.set_attrs(ino, cred, set) {
+            return None;
+        }
+        if set.atime.is_some() {
+            self.atimes.forget(ino);
+        }
+        Some(self.overlaid(known))
+    }
+
     /// Attributes as this client's programs see them: with what it holds but has not committed.
     pub fn overlaid(&self, mut attr: Attr) -> Attr {
         let ino = InodeNo(attr.ino);
@@ -136,12 +140,18 @@ impl Inner {
                 attr.blocks += grown.div_ceil(512);
                 attr.size = dirty.end;
             }
-            if let Some(written) = dirty.mtime {
-                for time in [&mut attr.mtime, &mut attr.ctime] {
-                    if time.is_none_or(|time| time.key() < written.key()) {
-                        *time = Some(written);
-                    }
+            let newest = |time: &mut Option<Timestamp>, seen: Timestamp| {
+                if time.is_none_or(|time| time.key() < seen.key()) {
+                    *time = Some(seen);
                 }
+            };
+            if dirty.end > 0 {
+                newest(&mut attr.mtime, dirty.mtime);
+                newest(&mut attr.ctime, dirty.mtime);
+            }
+            if let Some((set, ctime)) = dirty.set {
+                set.show(&mut attr);
+                newest(&mut attr.ctime, ctime);
             }
         }
         if let Some(atime) = self.atimes.pending(ino)

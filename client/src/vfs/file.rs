@@ -19,6 +19,7 @@ impl Client {
     /// ErrorAccess, ErrorIsDir, ErrorStale, and the session's.
     pub async fn open(&self, cred: &Cred, ino: InodeNo, flags: OpenFlags) -> FsResult<Arc<OpenFile>> {
         let inner = &self.inner;
+        inner.settle_attrs(ino).await?;
         let ticket = inner.cache.ticket();
         let question = v1::Open {
             ino: ino.get(),
@@ -104,7 +105,7 @@ impl Client {
     pub async fn append(&self, file: &OpenFile, data: &[u8]) -> FsResult<u64> {
         let _one_at_a_time = file.state.append.lock().await;
         // Without bytes of this client's own at the end, what is known may be older than another client's append.
-        let attr = match self.inner.data.dirty(file.ino) {
+        let attr = match self.inner.data.dirty(file.ino).filter(|dirty| dirty.end > 0) {
             Some(_) => self.inner.attr_now(file.ino).await?,
             None => self.inner.ask_attr(file.ino, 0).await?,
         };

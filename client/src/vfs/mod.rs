@@ -218,6 +218,14 @@ impl Inner {
         self.data.set_policy(InodeNo(attr.ino), attr, self.master.defaults());
     }
 
+    /// Brings the master to know the attributes that were set on an inode, before it decides by them.
+    pub async fn settle_attrs(&self, ino: InodeNo) -> FsResult<()> {
+        match self.data.dirty(ino) {
+            Some(dirty) if dirty.set.is_some() => self.data.flush(ino).await.map(drop),
+            _ => Ok(()),
+        }
+    }
+
     /// Flushes what is held of an inode, if anything.
     pub async fn flush_if_dirty(&self, ino: InodeNo) -> FsResult<()> {
         if self.data.dirty(ino).is_some() {

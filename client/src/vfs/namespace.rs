@@ -212,6 +212,10 @@ impl Client {
 impl Inner {
     async fn remove(&self, cred: &Cred, parent: InodeNo, name: &[u8], directory: bool) -> FsResult<()> {
         check_name(name)?;
+        if let Some((Some(ino), _)) = self.cache.name(parent, name) {
+            // In a sticky directory the owner counts.
+            self.settle_attrs(ino).await?;
+        }
         let change = v1::Unlink { parent: parent.get(), name: Bytes::copy_from_slice(name), directory };
         let answer = self.master.mutate(cred, mutation::Op::Unlink(change)).await;
         self.cache.changed_names(parent);

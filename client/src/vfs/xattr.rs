@@ -78,6 +78,7 @@ impl Client {
 
     /// Also an ACL, which changes the mode: the attributes come with the answer.
     async fn change_xattr(&self, cred: &Cred, ino: InodeNo, change: mutation::Op) -> FsResult<()> {
+        self.inner.settle_attrs(ino).await?;
         match self.inner.master.mutate(cred, change).await.and_then(entry) {
             Ok(attr) => {
                 self.inner.cache.learn(&attr);

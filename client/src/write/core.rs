@@ -1,14 +1,15 @@
 //! What becomes of written bytes, decided without I/O: events in, [`Action`]s out. The chunks' side of it stands in
 //! `dispatch.rs`.
 
+use super::attrs::{AttrSet, Pending};
 use super::chunk::{OpenChunk, Pool};
 use super::commit;
-use super::inode::{Committing, Held, Inode, Record};
-use super::{Action, CommitId, Hold, HoldId, Policy, Settings, WaiterId};
+use super::inode::{Committing, Inode, Record};
+use super::{Action, CommitId, Policy, Settings, WaiterId};
 use bytes::Bytes;
 use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::{COMMIT_SLICES_MAX, FILE_SIZE_MAX};
-use dfs_proto::v1::{self, Attr, Timestamp};
+use dfs_proto::v1::{self, Attr, Cred, Timestamp};
 use dfs_proto::{ChunkId, FsError, FsResult, InodeNo};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
@@ -18,20 +19,15 @@ const COMMIT_RECORDS: usize = COMMIT_SLICES_MAX / 2;
 /// Committed records up to this long are worth keeping for reads: small files are often read soon after.
 const KEEP_MAX: usize = 128 << 10;
 
-/// Attributes that a program sets and that a commit changes, too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Change {
-    pub mtime: bool,
-    pub mode: bool,
-}
-
-/// Dirty bytes of an inode as its attributes show them.
+/// What of an inode is not committed, as its attributes show it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dirty {
     /// Where the last dirty byte ends: the file is at least this long.
     pub end: u64,
-    /// When it was last written, in the master's time; None: the time was set since.
-    pub mtime: Option<Timestamp>,
+    /// When it was last written, in the master's time.
+    pub mtime: Timestamp,
+    /// What was set since, and when.
+    pub set: Option<(AttrSet, Timestamp)>,
 }
 
 /// The state of the write side. One owner; every event is a method, its consequences wait in `actions`.
@@ -166,7 +162,7 @@ impl Core {
             inode.progress_at = now;
         }
         inode.mtime = mtime;
-        inode.keep_mtime = false;
+        inode.forget_set_mtime();
         let before = inode.extents.unsent();
         inode.extents.write(offset, data, now);
         // Never less than before: what the write covers is unsent now.
@@ -209,42 +205,38 @@ impl Core {
 
     /// The next commit of the inode clears suid, sgid and capabilities.
     pub fn kill_priv(&mut self, ino: InodeNo, now: Duration) {
-        self.inode(ino, now).kill_priv = true;
+        let inode = self.inode(ino, now);
+        inode.kill_priv = true;
+        if let Some(attrs) = &mut inode.attrs {
+            attrs.set.kill_priv();
+        }
     }
 
-    /// Attributes of the inode are about to be changed that a commit would change, too: its bytes go to the chunks now,
-    /// but are committed only after [`Core::release_hold`].
-    pub fn hold(&mut self, ino: InodeNo, change: Change, now: Duration) -> Hold {
-        let Some(inode) = self.inodes.get_mut(&ino) else { return Hold::Clean };
-        let kills = inode.kill_priv || inode.committing.as_ref().is_some_and(|commit| commit.kill_priv);
-        if !(change.mtime && !inode.is_clean() || change.mode && kills) {
-            return Hold::Clean;
+    /// Keeps attributes that a program sets, to be committed with the bytes it wrote before. False: there are none, or
+    /// somebody else's attributes wait already.
+    pub fn set_attrs(
+        &mut self,
+        ino: InodeNo,
+        cred: &Cred,
+        set: AttrSet,
+        ctime: Timestamp,
+        now: Duration,
+    ) -> bool {
+        let Some(inode) = self.inodes.get_mut(&ino).filter(|inode| !inode.is_clean()) else { return false };
+        if inode.attrs.as_ref().is_some_and(|attrs| attrs.cred != *cred) {
+            return false;
         }
-        if inode.committing.is_some() || inode.held.is_some() {
-            return Hold::Busy;
+        // Bytes written so far come before.
+        inode.cut_all();
+        inode.last_run.0 += 1;
+        let attrs = Pending { run: inode.last_run, cred: cred.clone(), set, ctime };
+        match inode.attrs.take() {
+            Some(before) => inode.set(before, Some(attrs)),
+            None => inode.set(attrs, None),
         }
-        self.next_id += 1;
-        let id = HoldId(self.next_id);
-        inode.held = Some(Held { id, kept_mtime: inode.keep_mtime });
-        inode.keep_mtime |= change.mtime;
         self.push(ino, true, now);
         self.dispatch(now);
-        Hold::Held(id)
-    }
-
-    /// The attributes are changed, or not (None): commits go on.
-    pub fn release_hold(&mut self, ino: InodeNo, id: HoldId, changed: Option<Change>, now: Duration) {
-        let Some(inode) = self.inodes.get_mut(&ino) else { return };
-        let Some(held) = inode.held.take_if(|held| held.id == id) else { return };
-        inode.progress_at = now;
-        match changed {
-            // Privileges that were set are not taken away by bytes that were written before.
-            Some(change) => inode.kill_priv &= !change.mode,
-            None => inode.keep_mtime &= held.kept_mtime,
-        }
-        self.try_commit(ino, now);
-        self.forget_if_done(ino);
-        self.dispatch(now);
+        true
     }
 
     /// Asks for everything of an inode to be synced and committed. The waiter is woken when it is; None: it is.
@@ -277,7 +269,8 @@ impl Core {
     #[must_use]
     pub fn dirty(&self, ino: InodeNo) -> Option<Dirty> {
         let inode = self.inodes.get(&ino)?;
-        Some(Dirty { end: inode.extents.end()?, mtime: (!inode.keep_mtime).then_some(inode.mtime) })
+        let (end, set) = (inode.extents.end(), inode.attrs_shown());
+        (end.is_some() || set.is_some()).then(|| Dirty { end: end.unwrap_or(0), mtime: inode.mtime, set })
     }
 
     /// The dirty bytes within a range, in order.
@@ -324,24 +317,26 @@ impl Core {
         );
     }
 
-    /// Commits an inode's oldest records if they are wanted and on disk, and no other commit of it is in flight.
+    /// Commits an inode's oldest records if they are wanted and on disk, and attributes that were set after all others;
+    /// no other commit of it may be in flight.
     pub(super) fn try_commit(&mut self, ino: InodeNo, now: Duration) {
         let Some(inode) = self.inodes.get_mut(&ino) else { return };
-        if inode.committing.is_some()
-            || inode.held.is_some()
-            || inode.sent.front().is_none_or(|record| record.run > inode.target)
-        {
+        if inode.committing.is_some() {
             return;
         }
-        let chunks = &self.chunks;
-        let synced = |record: &Record| {
-            chunks.get(&record.chunk).is_some_and(|chunk| chunk.synced >= record.chunk_end())
-        };
-        let count = inode.sent.iter().take(COMMIT_RECORDS).take_while(|record| synced(record)).count();
-        if count == 0 {
-            return;
+        let mut count = 0;
+        if inode.sent.front().is_some_and(|record| record.run <= inode.target) {
+            let chunks = &self.chunks;
+            let synced = |record: &Record| {
+                chunks.get(&record.chunk).is_some_and(|chunk| chunk.synced >= record.chunk_end())
+            };
+            count = inode.sent.iter().take(COMMIT_RECORDS).take_while(|record| synced(record)).count();
         }
         let records: Vec<Record> = inode.sent.drain(..count).collect();
+        let attrs = if inode.attrs_are_next() { inode.attrs.take() } else { None };
+        if records.is_empty() && attrs.is_none() {
+            return;
+        }
         self.next_id += 1;
         let id = CommitId(self.next_id);
         let kill_priv = std::mem::take(&mut inode.kill_priv);
@@ -350,11 +345,12 @@ impl Core {
             slices: commit::slices(&records),
             mtime: Some(inode.mtime),
             kill_priv,
-            keep_mtime: inode.keep_mtime,
+            set: attrs.as_ref().map(|attrs| attrs.set.change()),
         };
-        inode.committing = Some(Committing { id, kill_priv, records });
+        let cred = attrs.as_ref().map_or_else(Cred::default, |attrs| attrs.cred.clone());
+        inode.committing = Some(Committing { id, kill_priv, records, attrs });
         inode.progress_at = inode.progress_at.max(now);
-        self.actions.push(Action::Commit { ino, id, commit });
+        self.actions.push(Action::Commit { ino, id, cred, commit });
     }
 
     /// The master answered a commit.
@@ -378,19 +374,10 @@ impl Core {
             Err(error)
                 if matches!(error.code, ErrorCode::ErrorStaleEpoch | ErrorCode::ErrorSessionExpired) =>
             {
-                inode.kill_priv |= commit.kill_priv;
                 // The answer does not say which chunk was fenced, so all that the commit named are given up.
                 let chunks: BTreeSet<ChunkId> = commit.records.iter().map(|record| record.chunk).collect();
                 let tell = error.code == ErrorCode::ErrorStaleEpoch;
-                // They are older than everything sent: in front again, they are requeued first.
-                for record in commit.records.into_iter().rev() {
-                    if self.chunks.contains_key(&record.chunk) {
-                        inode.sent.push_front(record);
-                    } else {
-                        self.used -= record.len();
-                        self.used += inode.requeue(&record);
-                    }
-                }
+                self.take_back(ino, commit);
                 for chunk in chunks {
                     self.give_up(chunk, &[], &error, tell, now);
                 }
@@ -399,9 +386,45 @@ impl Core {
                 self.try_commit(ino, now);
                 self.wake_satisfied(ino);
             }
+            Err(error) if commit.attrs.is_some() => {
+                // Perhaps because of the attributes: the bytes get another chance without them.
+                let waiters = std::mem::take(&mut inode.waiters);
+                if waiters.is_empty() {
+                    inode.error = Some(error.clone());
+                }
+                self.actions.extend(
+                    waiters
+                        .into_iter()
+                        .map(|(_, waiter)| Action::Wake { waiter, result: Err(error.clone()) }),
+                );
+                self.take_back(ino, Committing { attrs: None, ..commit });
+                self.line_up(ino);
+                self.mark_syncs(ino);
+                self.try_commit(ino, now);
+                self.forget_if_done(ino);
+            }
             Err(error) => self.fail_inode(ino, &error, now),
         }
         self.dispatch(now);
+    }
+
+    /// A commit did not happen: what it held waits again, older than everything else.
+    fn take_back(&mut self, ino: InodeNo, commit: Committing) {
+        let Some(inode) = self.inodes.get_mut(&ino) else { return };
+        inode.kill_priv |= commit.kill_priv;
+        if let Some(attrs) = commit.attrs {
+            let later = inode.attrs.take();
+            inode.set(attrs, later);
+        }
+        // In front again, they are requeued first.
+        for record in commit.records.into_iter().rev() {
+            if self.chunks.contains_key(&record.chunk) {
+                inode.sent.push_front(record);
+            } else {
+                self.used -= record.len();
+                self.used += inode.requeue(&record);
+            }
+        }
     }
 
     /// A record's bytes are committed: they leave memory.
@@ -460,10 +483,9 @@ impl Core {
                 continue;
             }
             let timeout = self.settings.operation_timeout;
-            // A commit in flight, or what holds it, is bounded by the session; dropping its bytes now could reorder commits.
+            // A commit in flight is bounded by the session; dropping its bytes now could reorder commits.
             if !timeout.is_zero()
                 && inode.committing.is_none()
-                && inode.held.is_none()
                 && now.saturating_sub(inode.progress_at) > timeout
             {
                 stalled.push(*ino);

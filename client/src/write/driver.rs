@@ -1,7 +1,8 @@
 //! Carries out what the write side's core decides: streams to daemons, commits and allocations at the master, timers.
 
-use super::core::{Change, Core, Dirty};
-use super::{Action, CommitId, Hold, HoldId, Policy, Settings, WaiterId};
+use super::attrs::AttrSet;
+use super::core::{Core, Dirty};
+use super::{Action, CommitId, Policy, Settings, WaiterId};
 use crate::data::links::{AppendEvent, AppendLink, Task};
 use crate::master::{Defaults, Master};
 use bytes::Bytes;
@@ -125,7 +126,7 @@ impl Writer {
             for action in actions {
                 match action {
                     Action::Append { address, request } => self.append(state, &address, request),
-                    Action::Commit { ino, id, commit } => self.commit(ino, id, commit),
+                    Action::Commit { ino, id, cred, commit } => self.commit(ino, id, cred, commit),
                     Action::Alloc { policy, count } => self.alloc(policy, count),
                     Action::Seal { chunk, failed, suspects } => self.seal(chunk, failed, &suspects),
                     Action::Wake { waiter, result } => {
@@ -183,10 +184,10 @@ impl Writer {
         }
     }
 
-    fn commit(&self, ino: InodeNo, id: CommitId, commit: v1::Commit) {
+    fn commit(&self, ino: InodeNo, id: CommitId, cred: Cred, commit: v1::Commit) {
         self.spawn(|this| async move {
             let slices = commit.slices.clone();
-            let answer = this.master.mutate(&Cred::default(), mutation::Op::Commit(commit)).await;
+            let answer = this.master.mutate(&cred, mutation::Op::Commit(commit)).await;
             let result = answer.and_then(|body| match body {
                 Body::Entry(entry) => Ok(entry.attr),
                 other => Err(unexpected(&other)),
@@ -305,13 +306,9 @@ impl Writer {
         self.lock().core.dirty(ino)
     }
 
-    /// As [`Core::hold`]; what is held is let go when the answer is dropped.
-    pub(crate) fn hold(&self, ino: InodeNo, change: Change) -> Result<Option<HeldCommits<'_>>, Busy> {
-        match self.with(|core, now| core.hold(ino, change, now)) {
-            Hold::Clean => Ok(None),
-            Hold::Held(id) => Ok(Some(HeldCommits { writer: self, ino, id, change, changed: false })),
-            Hold::Busy => Err(Busy),
-        }
+    pub(crate) fn set_attrs(&self, ino: InodeNo, cred: &Cred, set: AttrSet) -> bool {
+        let ctime = self.master.now();
+        self.with(|core, now| core.set_attrs(ino, cred, set, ctime, now))
     }
 
     pub(crate) fn kill_priv(&self, ino: InodeNo) {
@@ -331,33 +328,6 @@ impl Writer {
         self.lock().core.read(ino, offset, len)
     }
 }
-
-/// No commit of an inode goes out while this exists.
-pub struct HeldCommits<'w> {
-    writer: &'w Writer,
-    ino: InodeNo,
-    id: HoldId,
-    change: Change,
-    changed: bool,
-}
-
-impl HeldCommits<'_> {
-    /// The attributes are changed.
-    pub fn changed(mut self) {
-        self.changed = true;
-    }
-}
-
-impl Drop for HeldCommits<'_> {
-    fn drop(&mut self) {
-        let changed = self.changed.then_some(self.change);
-        self.writer.with(|core, now| core.release_hold(self.ino, self.id, changed, now));
-    }
-}
-
-/// A commit is on its way: flush first.
-#[derive(Clone, Copy, Debug)]
-pub struct Busy;
 
 fn unexpected(body: &Body) -> FsError {
     FsError::new(ErrorCode::ErrorIo, format!("the master gave an answer to another question: {body:?}"))

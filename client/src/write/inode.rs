@@ -1,7 +1,8 @@
 //! One inode's way from unsent bytes to a commit. Pure.
 
+use super::attrs::{AttrSet, Pending};
 use super::extents::{Extents, Run};
-use super::{CommitId, HoldId, Policy, RunNo, WaiterId};
+use super::{CommitId, Policy, RunNo, WaiterId};
 use bytes::Bytes;
 use dfs_proto::v1::{Attr, Timestamp};
 use dfs_proto::{ChunkId, Epoch, FsError};
@@ -52,14 +53,8 @@ pub struct Committing {
     pub id: CommitId,
     pub kill_priv: bool,
     pub records: Vec<Record>,
-}
-
-/// A hold on an inode's commits.
-#[derive(Clone, Copy, Debug)]
-pub struct Held {
-    pub id: HoldId,
-    /// `keep_mtime` as it was before: counts again if nothing is changed after all.
-    pub kept_mtime: bool,
+    /// Attributes that it sets.
+    pub attrs: Option<Pending>,
 }
 
 /// Everything about an inode with bytes that are not committed.
@@ -89,10 +84,8 @@ pub struct Inode {
     /// Whether it stands in the line of inodes with queued runs.
     pub in_line: bool,
     pub mtime: Timestamp,
-    /// mtime was set after the last write: the next commit leaves it as it is.
-    pub keep_mtime: bool,
-    /// Attributes are being changed that the next commit must come after.
-    pub held: Option<Held>,
+    /// Attributes that were set since; what is in `committing` is older.
+    pub attrs: Option<Pending>,
     /// The next commit clears suid, sgid and capabilities.
     pub kill_priv: bool,
     /// The answer to the last commit.
@@ -120,8 +113,7 @@ impl Inode {
             chunk: None,
             in_line: false,
             mtime: Timestamp::default(),
-            keep_mtime: false,
-            held: None,
+            attrs: None,
             kill_priv: false,
             attr: None,
             error: None,
@@ -138,21 +130,42 @@ impl Inode {
     /// Nothing is left to know about it.
     #[must_use]
     pub fn is_forgettable(&self) -> bool {
-        self.is_clean()
-            && self.waiters.is_empty()
-            && self.error.is_none()
-            && self.held.is_none()
-            && !self.kill_priv
+        self.is_clean() && self.waiters.is_empty() && self.error.is_none() && !self.kill_priv
     }
 
-    /// The oldest run of which something is not committed.
+    /// The oldest run of which something is not committed, bytes or attributes.
     #[must_use]
     pub fn oldest_run(&self) -> Option<RunNo> {
         let committing = self.committing.as_ref().and_then(|commit| commit.records.first());
-        committing
-            .or(self.sent.front())
-            .map(|record| record.run)
-            .or_else(|| self.queued.front().map(|run| run.no))
+        let records = committing.or(self.sent.front()).map(|record| record.run);
+        let bytes = records.or_else(|| self.queued.front().map(|run| run.no));
+        let setting = self.committing.as_ref().and_then(|commit| commit.attrs.as_ref());
+        let attrs = setting.or(self.attrs.as_ref()).map(|attrs| attrs.run);
+        bytes.into_iter().chain(attrs).min()
+    }
+
+    /// The oldest run of bytes that no commit names yet.
+    #[must_use]
+    pub fn oldest_bytes(&self) -> Option<RunNo> {
+        self.sent.front().map(|record| record.run).or_else(|| self.queued.front().map(|run| run.no))
+    }
+
+    /// Whether nothing that was written before the attributes were set is left but in a commit.
+    #[must_use]
+    pub fn attrs_are_next(&self) -> bool {
+        let Some(attrs) = &self.attrs else { return false };
+        self.oldest_bytes().is_none_or(|run| run > attrs.run)
+    }
+
+    /// What programs set and is not committed.
+    #[must_use]
+    pub fn attrs_shown(&self) -> Option<(AttrSet, Timestamp)> {
+        let setting = self.committing.as_ref().and_then(|commit| commit.attrs.as_ref());
+        let mut shown = setting.or(self.attrs.as_ref())?.clone();
+        if let (Some(_), Some(later)) = (setting, &self.attrs) {
+            shown.then(later);
+        }
+        Some((shown.set, shown.ctime))
     }
 
     /// When the oldest run that nobody has asked to be committed yet was written.
@@ -213,6 +226,11 @@ impl Inode {
             &mut self.last_run,
         );
         let bytes = self.queue(again);
+        if let Some(attrs) = self.attrs.as_mut().filter(|attrs| attrs.run > record.run) {
+            // Set after these bytes were written, so still committed after them.
+            self.last_run.0 += 1;
+            attrs.run = self.last_run;
+        }
         // What hid the record's other bytes may not be cut yet. A flush that was to cover the record must cover that
         // instead: else the file could show, after a crash, what was there before both.
         if record.run <= self.target {
@@ -225,6 +243,28 @@ impl Inode {
             }
         }
         bytes
+    }
+
+    /// Bytes were written: a time that was set before does not count any more.
+    pub fn forget_set_mtime(&mut self) {
+        let setting = self.committing.as_mut().and_then(|commit| commit.attrs.as_mut());
+        for attrs in setting.into_iter().chain(self.attrs.as_mut()) {
+            attrs.set.mtime = None;
+        }
+    }
+
+    /// Attributes wait, after everything that was written before they were set last.
+    pub fn set(&mut self, mut attrs: Pending, later: Option<Pending>) {
+        if let Some(later) = later {
+            // Whoever waits for the earlier ones waits for both.
+            for (target, _) in &mut self.waiters {
+                if *target >= attrs.run {
+                    *target = later.run.max(*target);
+                }
+            }
+            attrs.then(&later);
+        }
+        self.attrs = Some(attrs);
     }
 
     /// Takes out the waiters whose bytes are all committed.

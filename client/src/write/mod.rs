@@ -21,6 +21,7 @@
 //! * a commit names a record only when every replica has it on disk;
 //! * memory is bounded: unsent bytes + every run and record that is not committed.
 
+pub mod attrs;
 pub mod chunk;
 pub mod commit;
 pub mod core;
@@ -56,21 +57,6 @@ pub struct WaiterId(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CommitId(pub u64);
 
-/// One hold on an inode's commits: whoever took it ends it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct HoldId(pub u64);
-
-/// Whether attributes can be changed now although bytes are not committed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hold {
-    /// Nothing waits to be committed.
-    Clean,
-    /// No commit goes out before [`core::Core::release_hold`].
-    Held(HoldId),
-    /// A commit is on its way, or somebody else holds the next: flush first.
-    Busy,
-}
-
 /// The write side's settings.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -89,8 +75,8 @@ pub struct Settings {
 pub enum Action {
     /// Send an append to the chunk's first replica, in this order. The checksums are still to be filled in.
     Append { address: String, request: v1::AppendRequest },
-    /// Ask the master to commit; answer with [`core::Core::committed`].
-    Commit { ino: InodeNo, id: CommitId, commit: v1::Commit },
+    /// Ask the master to commit, on somebody's behalf; answer with [`core::Core::committed`].
+    Commit { ino: InodeNo, id: CommitId, cred: v1::Cred, commit: v1::Commit },
     /// Ask the master for chunks; answer with [`core::Core::allocated`].
     Alloc { policy: Policy, count: u32 },
     /// Tell the master that nothing more is appended to a chunk; answer with [`core::Core::sealed`].

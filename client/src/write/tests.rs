@@ -1,7 +1,8 @@
 //! The core against a model cluster: whatever fails and however events interleave, flushed bytes are committed.
 
-use super::core::{Change, Core};
-use super::{Action, CommitId, Hold, HoldId, Policy, Settings, WaiterId};
+use super::attrs::AttrSet;
+use super::core::Core;
+use super::{Action, CommitId, Policy, Settings, WaiterId};
 use dfs_proto::error::ErrorCode;
 use dfs_proto::v1::{self, AppendReply, ChunkAccess, Failure, Replica, Timestamp};
 use dfs_proto::{FsError, InodeNo};
@@ -36,8 +37,6 @@ struct World {
     /// positive when it is a write's.
     times: HashMap<InodeNo, i64>,
     due_times: HashMap<InodeNo, i64>,
-    /// Changes of times on their way, and whether something was written since they left.
-    setting: Vec<(InodeNo, HoldId, bool)>,
     next_time: i64,
     capacity: u64,
     refuse: bool,
@@ -70,7 +69,6 @@ impl World {
             lost: Vec::new(),
             times: HashMap::new(),
             due_times: HashMap::new(),
-            setting: Vec::new(),
             next_time: 0,
             capacity,
             refuse: false,
@@ -85,13 +83,7 @@ impl World {
                     assert_eq!(address, self.chunks[&request.chunk].address);
                     self.appends.push(request);
                 }
-                Action::Commit { ino, id, commit } => {
-                    assert!(
-                        self.setting.iter().all(|(held, ..)| *held != ino),
-                        "a commit that is held goes out"
-                    );
-                    self.commits.push((ino, id, commit));
-                }
+                Action::Commit { ino, id, commit, .. } => self.commits.push((ino, id, commit)),
                 Action::Alloc { policy, count } => self.allocs.push((policy, count)),
                 Action::Seal { chunk, failed, .. } => {
                     let chunk = self.chunks.get_mut(&chunk.get()).unwrap();
@@ -134,9 +126,6 @@ impl World {
         match self.core.write(ino, offset, &data, time, self.now) {
             Some(Ok(())) => {
                 self.due_times.insert(ino, time.seconds);
-                for (held, _, written) in &mut self.setting {
-                    *written |= *held == ino;
-                }
                 let file = self.written.entry(ino).or_default();
                 file.resize(file.len().max(offset as usize + len), 0);
                 file[offset as usize..offset as usize + len].copy_from_slice(&data);
@@ -173,37 +162,18 @@ impl World {
         self.act();
     }
 
-    /// A program sets a file's times.
-    fn set_times(&mut self, ino: u64) {
+    /// A program sets a file's times. False: only the master can.
+    fn set_times(&mut self, ino: u64) -> bool {
         let ino = InodeNo(ino);
-        match self.core.hold(ino, Change { mtime: true, mode: false }, self.now) {
-            Hold::Clean => self.times_set(ino, false),
-            Hold::Held(id) => self.setting.push((ino, id, false)),
-            Hold::Busy => {}
+        let time = Timestamp { seconds: self.next_time - 1, nanos: 0 };
+        let set = AttrSet { mtime: Some(time), ..AttrSet::default() };
+        let kept = self.core.set_attrs(ino, &v1::Cred::default(), set, Timestamp::default(), self.now);
+        if kept {
+            self.next_time -= 1;
+            self.due_times.insert(ino, time.seconds);
         }
         self.act();
-    }
-
-    fn times_set(&mut self, ino: InodeNo, written_since: bool) {
-        self.next_time -= 1;
-        self.times.insert(ino, self.next_time);
-        if !written_since {
-            self.due_times.insert(ino, self.next_time);
-        }
-    }
-
-    /// The master has answered one that was on its way.
-    fn deliver_times(&mut self, nth: usize, refused: bool) {
-        if self.setting.is_empty() {
-            return;
-        }
-        let (ino, id, written_since) = self.setting.remove(nth % self.setting.len());
-        let change = Change { mtime: true, mode: false };
-        if !refused {
-            self.times_set(ino, written_since);
-        }
-        self.core.release_hold(ino, id, (!refused).then_some(change), self.now);
-        self.act();
+        kept
     }
 
     fn deliver_append(&mut self, nth: usize) {
@@ -237,8 +207,9 @@ impl World {
         let result = if stale {
             Err(ErrorCode::ErrorStaleEpoch.into())
         } else {
-            if !commit.keep_mtime {
-                self.times.insert(ino, commit.mtime.unwrap().seconds);
+            let set = commit.set.and_then(|set| set.mtime);
+            if let Some(time) = set.or(commit.mtime.filter(|_| !commit.slices.is_empty())) {
+                self.times.insert(ino, time.seconds);
             }
             let file = self.committed.entry(ino).or_default();
             for slice in &commit.slices {
@@ -320,9 +291,6 @@ impl World {
     /// From here on everything works.
     fn settle(&mut self) {
         self.refuse = false;
-        while !self.setting.is_empty() {
-            self.deliver_times(0, false);
-        }
         for _ in 0..20_000 {
             if self.core.is_idle() && self.appends.is_empty() && self.commits.is_empty() {
                 break;
@@ -352,7 +320,6 @@ enum Event {
     Session,
     Refuse(bool),
     SetTimes(u64),
-    Times(usize, bool),
 }
 
 fn event() -> impl Strategy<Value = Event> {
@@ -368,7 +335,6 @@ fn event() -> impl Strategy<Value = Event> {
         1 => Just(Event::Session),
         1 => any::<bool>().prop_map(Event::Refuse),
         3 => (1_u64..4).prop_map(Event::SetTimes),
-        3 => (0_usize..9, any::<bool>()).prop_map(|(nth, refused)| Event::Times(nth, refused)),
     ]
 }
 
@@ -397,8 +363,9 @@ proptest! {
                     world.act();
                 }
                 Event::Refuse(refuse) => world.refuse = refuse,
-                Event::SetTimes(ino) => world.set_times(ino),
-                Event::Times(nth, refused) => world.deliver_times(nth, refused),
+                Event::SetTimes(ino) => {
+                    world.set_times(ino);
+                }
             }
         }
         world.settle();
@@ -412,48 +379,62 @@ proptest! {
 }
 
 #[test]
-fn a_commit_waits_for_times_that_are_being_set_and_leaves_them_alone() {
+fn what_is_set_after_a_write_goes_with_its_bytes() {
     let mut world = World::new(1 << 20, 1 << 20);
+    let (ino, root) = (InodeNo(1), v1::Cred::default());
+    assert!(!world.set_times(1), "nothing waits to be committed");
     world.write(1, 0, 100);
-    world.set_times(1);
+    assert!(world.set_times(1));
+    let mode = AttrSet { mode: Some(0o600), ..AttrSet::default() };
+    assert!(!world.core.set_attrs(
+        ino,
+        &v1::Cred { uid: 7, ..root.clone() },
+        mode,
+        Timestamp::default(),
+        world.now
+    ));
+    assert!(world.core.set_attrs(ino, &root, mode, Timestamp::default(), world.now));
+    let shown = world.core.dirty(ino).unwrap().set.unwrap().0;
+    assert_eq!((shown.mode, shown.mtime.map(|time| time.seconds)), (Some(0o600), Some(-1)));
     world.deliver_alloc();
-    // The bytes travel meanwhile.
     world.deliver_append(0);
-    assert!(world.commits.is_empty());
-    assert_eq!(world.core.dirty(InodeNo(1)).unwrap().mtime, None);
-    world.deliver_times(0, false);
-    assert!(world.commits[0].2.keep_mtime);
-    // Written again before the commit is answered: the next one has a new time.
-    world.write(1, 0, 10);
-    assert!(world.core.dirty(InodeNo(1)).unwrap().mtime.is_some());
+    assert_eq!(world.commits.len(), 1);
+    assert_eq!(world.commits[0].2.set, Some(shown.change()));
+    // Set while that is on its way: a commit without bytes follows it.
+    assert!(world.set_times(1));
     world.flush(1);
     world.deliver_commit(0);
-    world.deliver_append(0);
-    assert!(!world.commits[0].2.keep_mtime);
+    assert!(world.commits[0].2.slices.is_empty() && !world.flushes.is_empty());
+    world.deliver_commit(0);
+    assert!(world.flushes.is_empty() && world.core.dirty(ino).is_none());
+    // Written again: the time that was set before does not count.
+    world.write(1, 0, 10);
+    world.set_times(1);
+    world.write(1, 0, 10);
+    assert_eq!(world.core.dirty(ino).unwrap().set.unwrap().0.mtime, None);
     world.settle();
     assert_eq!(world.times, world.due_times);
 }
 
 #[test]
-fn a_mode_that_is_set_is_not_undone_by_bytes_written_before() {
+fn attributes_that_are_refused_are_reported_and_the_bytes_go_without_them() {
     let mut world = World::new(1 << 20, 1 << 20);
-    let (ino, mode) = (InodeNo(1), Change { mtime: false, mode: true });
-    world.write(1, 0, 100);
-    assert_eq!(world.core.hold(ino, mode, world.now), Hold::Clean);
-    for refused in [true, false] {
+    for waits in [true, false] {
         world.write(1, 0, 100);
-        world.core.kill_priv(ino, world.now);
-        let Hold::Held(id) = world.core.hold(ino, mode, world.now) else { panic!("privileges are at stake") };
-        assert_eq!(world.core.hold(ino, mode, world.now), Hold::Busy);
-        world.act();
-        world.deliver_alloc();
-        while !world.appends.is_empty() {
-            world.deliver_append(0);
+        world.set_times(1);
+        if waits {
+            world.flush(1);
         }
-        world.core.release_hold(ino, id, (!refused).then_some(mode), world.now);
+        world.deliver_alloc();
+        world.deliver_append(0);
+        let (ino, id, _) = world.commits.remove(0);
+        world.core.committed(ino, id, Err(ErrorCode::ErrorNotPermitted.into()), world.now);
         world.act();
-        assert_eq!(world.commits[0].2.kill_priv, refused);
+        assert_eq!(world.commits[0].2.set, None);
         world.deliver_commit(0);
+        assert_eq!(world.lost.len(), usize::from(waits));
+        assert_eq!(world.core.flush(ino, world.now).is_err(), !waits);
+        world.lost.clear();
     }
 }
 

@@ -23,17 +23,10 @@ pub fn set_attr(s: &mut State<'_>, by: &Caller<'_>, op: &v1::SetAttr) -> OpResul
         data::resize(s, &mut inode, size)?;
         inode.attr.mtime = Some(s.now);
     }
-    let chowned = op.uid.is_some() || op.gid.is_some();
-    if op.kill_priv || (chowned && !inode.is_dir()) {
-        drop_privileges(s, by, &mut inode)?;
-    } else if op.size.is_some() {
+    if op.size.is_some() && !op.kill_priv && !chowns(op) {
         drop_privileges_unless_root(s, by, &mut inode)?;
     }
-    inode.attr.uid = op.uid.unwrap_or(inode.attr.uid);
-    inode.attr.gid = op.gid.unwrap_or(inode.attr.gid);
-    if let Some(mode) = op.mode {
-        chmod(s, by.cred, &mut inode, mode)?;
-    }
+    set_mode_and_owner(s, by, &mut inode, op)?;
     set_times(s, &mut inode, op);
     inode.attr.flags = op.flags.unwrap_or(inode.attr.flags);
     inode.attr.replicas = op.replicas.unwrap_or(inode.attr.replicas);
@@ -41,6 +34,45 @@ pub fn set_attr(s: &mut State<'_>, by: &Caller<'_>, op: &v1::SetAttr) -> OpResul
     inode.changed(s.now);
     s.tx.put_inode(&inode);
     Ok(entry(&inode, false))
+}
+
+/// What a client kept with the bytes of a file, to be set when they are committed: mode, owner and times.
+pub fn set_with_bytes(
+    s: &mut State<'_>,
+    by: &Caller<'_>,
+    inode: &mut Inode,
+    op: &v1::SetAttr,
+) -> OpResult<()> {
+    if op.size.is_some() || op.flags.is_some() || op.replicas.is_some() || op.chunk_size.is_some() {
+        return refused(ErrorCode::ErrorInvalid, "only mode, owner and times are set together with bytes");
+    }
+    check_flags(inode, op)?;
+    check_owner(by.cred, inode, op)?;
+    check_times(&s.tx, by.cred, inode, op)?;
+    set_mode_and_owner(s, by, inode, op)?;
+    set_times(s, inode, op);
+    Ok(())
+}
+
+fn chowns(op: &v1::SetAttr) -> bool {
+    op.uid.is_some() || op.gid.is_some()
+}
+
+fn set_mode_and_owner(
+    s: &mut State<'_>,
+    by: &Caller<'_>,
+    inode: &mut Inode,
+    op: &v1::SetAttr,
+) -> OpResult<()> {
+    if op.kill_priv || (chowns(op) && !inode.is_dir()) {
+        drop_privileges(s, by, inode)?;
+    }
+    inode.attr.uid = op.uid.unwrap_or(inode.attr.uid);
+    inode.attr.gid = op.gid.unwrap_or(inode.attr.gid);
+    match op.mode {
+        Some(mode) => chmod(s, by.cred, inode, mode),
+        None => Ok(()),
+    }
 }
 
 /// Sets the permission bits, the ACL with them.

@@ -43,12 +43,15 @@ pub fn commit(s: &mut State<'_>, by: &Caller<'_>, op: &v1::Commit) -> OpResult<B
     if op.kill_priv {
         attr::drop_privileges(s, by, &mut inode)?;
     }
-    inode.changed(s.now);
-    if !op.keep_mtime {
+    if !op.slices.is_empty() || op.set.is_none() {
         // The time of the write, by the client's idea of the master's clock, which may be ahead.
         let written = op.mtime.filter(|mtime| mtime.nanos < 1_000_000_000 && mtime.key() <= s.now.key());
         inode.attr.mtime = Some(written.unwrap_or(s.now));
     }
+    if let Some(set) = &op.set {
+        attr::set_with_bytes(s, by, &mut inode, set)?;
+    }
+    inode.changed(s.now);
     s.tx.put_inode(&inode);
     Ok(entry(&inode, false))
 }
