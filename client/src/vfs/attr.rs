@@ -15,8 +15,9 @@ impl Client {
         check_name(name)?;
         match self.cached_lookup(parent, name) {
             Some(Ok((attr, _))) => Ok(attr),
-            Some(Err(error)) => Err(error),
-            None => self.inner.lookup_at_master(cred, parent, name).await,
+            // Others may not be allowed to know.
+            Some(Err(error)) if cred.uid == 0 => Err(error),
+            _ => self.inner.lookup_at_master(cred, parent, name).await,
         }
     }
 

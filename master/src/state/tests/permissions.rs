@@ -154,6 +154,41 @@ fn truncate_and_writes_clear_setuid() {
 }
 
 #[test]
+fn what_is_set_with_bytes_is_checked_like_any_change_and_happens_with_them_or_not_at_all() {
+    let (w, _, file) = world();
+    let old = Some(Timestamp { seconds: 7, nanos: 7 });
+    let slice = |chunk: &v1::ChunkAccess| v1::CommitSlice {
+        file_offset: 0,
+        chunk: chunk.chunk,
+        chunk_offset: 0,
+        length: 10,
+        epoch: chunk.epoch,
+        record_end: 10,
+    };
+    let chunk = w.alloc(1).remove(0);
+    let commit = |cred: &v1::Cred, slices: Vec<v1::CommitSlice>, set: v1::SetAttr| {
+        let op = v1::Commit { ino: file.ino, slices, set: Some(set), ..v1::Commit::default() };
+        w.mutate(cred, mutation::Op::Commit(op)).map(attr_of)
+    };
+    let chmod = v1::SetAttr { mode: Some(0o640), mtime: old, ..set(0) };
+    let before = w.attr(file.ino).unwrap();
+    assert_eq!(code(commit(&user(6), vec![slice(&chunk)], chmod)), ErrorCode::ErrorNotPermitted);
+    assert_eq!(w.attr(file.ino).unwrap(), before, "neither bytes nor attributes");
+    let done = commit(&user(5), vec![slice(&chunk)], chmod).unwrap();
+    assert_eq!((done.mode, done.size, done.mtime), (0o640, 10, old));
+    assert_eq!(done.version, before.version + 1);
+    // Without bytes the time of the last write stays.
+    let chown = v1::SetAttr { uid: Some(6), ..set(0) };
+    assert_eq!(code(commit(&user(5), vec![], chown)), ErrorCode::ErrorNotPermitted);
+    let done = commit(&root(), vec![], chown).unwrap();
+    assert_eq!((done.uid, done.mtime), (6, old));
+    for other in [v1::SetAttr { size: Some(0), ..set(0) }, v1::SetAttr { flags: Some(0), ..set(0) }] {
+        assert_eq!(code(commit(&root(), vec![], other)), ErrorCode::ErrorInvalid);
+    }
+    w.check();
+}
+
+#[test]
 fn times_follow_utimensat() {
     let (w, _, file) = world();
     let old = Some(Timestamp { seconds: -5, nanos: 7 });
