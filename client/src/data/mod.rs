@@ -139,6 +139,11 @@ impl DataPlane {
         self.writer.set_attrs(ino, cred, set)
     }
 
+    /// Keeps an error of an earlier flush that nobody was told of, for the next write or flush of the inode.
+    pub fn keep_error(&self, ino: InodeNo, error: dfs_proto::FsError) {
+        self.writer.keep_error(ino, error);
+    }
+
     /// The inode's next commit clears suid, sgid and capabilities.
     pub fn kill_priv(&self, ino: InodeNo) {
         self.writer.kill_priv(ino);

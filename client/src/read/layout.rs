@@ -36,6 +36,8 @@ struct Known {
     to: u64,
     /// Believed until then.
     until: Duration,
+    /// The inode's version of which all of it was true; 0: not told.
+    version: u64,
 }
 
 impl Known {
@@ -174,7 +176,9 @@ impl Layouts {
             return;
         }
         let slices = layout.slices.iter().map(|slice| (slice.file_offset, *slice)).collect();
-        let mut known = Known { slices, from, to, until: now + Duration::from_millis(ATTR_TTL_MS) };
+        let version = version_of(layout);
+        let until = now + Duration::from_millis(ATTR_TTL_MS);
+        let mut known = Known { slices, from, to, until, version };
         if let Some(mut old) = inner.remove(ino)
             && now < old.until
             && old.from <= from
@@ -188,24 +192,27 @@ impl Layouts {
             if old.to > to {
                 old.slices.extend(beyond);
             }
-            known = Known { slices: old.slices, from: old.from, to: to.max(old.to), until: old.until };
+            let version = version.min(old.version);
+            known =
+                Known { slices: old.slices, from: old.from, to: to.max(old.to), until: old.until, version };
         }
         inner.insert(ino, known);
     }
 
-    /// Keeps an answer about the file from its beginning that came with something else, if nothing is known and the
-    /// answer cannot be older than the last change.
+    /// Keeps an answer about the file from its beginning that came with something else, if it is newer than what is known
+    /// and cannot be older than the last change.
     pub fn learn_unasked(&self, ino: InodeNo, layout: &Layout, now: Duration) {
         let asked = {
             let mut inner = self.lock();
             let change = *inner.change(ino);
-            let version = layout.attr.as_ref().map(|attr| attr.version);
-            let newer =
-                change.after.zip(version).is_some_and(|((of, after), version)| of == ino && version >= after);
+            let version = version_of(layout);
+            let newer = change.after.is_some_and(|(of, after)| of == ino && version >= after);
             let quiet = change.count == 0 || now.saturating_sub(change.at) > QUIET;
-            if !(newer || quiet) || inner.known.peek(&ino).is_some_and(|known| now < known.until) {
+            let known = inner.known.peek(&ino).filter(|known| now < known.until);
+            if !(newer || quiet) || known.is_some_and(|known| known.version >= version) {
                 return;
             }
+            inner.remove(ino);
             Asked(change.count)
         };
         self.learn(ino, layout, 0, layout.complete_to, asked, now);
@@ -217,6 +224,9 @@ impl Layouts {
         let change = inner.change(ino);
         *change = Change { count: change.count + 1, at: now, after: version.map(|version| (ino, version)) };
         let Some(mut known) = inner.remove(ino) else { return };
+        if version == Some(known.version + 1) {
+            known.version += 1;
+        }
         for slice in slices {
             known.punch(slice.file_offset, slice.file_offset + slice.length);
             known.slices.insert(
@@ -239,6 +249,11 @@ impl Layouts {
         *change = Change { count: change.count + 1, at: now, after: None };
         inner.remove(ino);
     }
+}
+
+/// The inode's version that an answer tells of; 0: it does not say.
+fn version_of(layout: &Layout) -> u64 {
+    layout.attr.as_ref().map_or(0, |attr| attr.version)
 }
 
 /// Up to where an answer to a question about `[from, to)` is complete.
@@ -304,6 +319,29 @@ mod tests {
         assert_eq!(layouts.get(INO, 0, 5, NOW), None);
         layouts.learn_unasked(INO, &layout(9), NOW + QUIET * 2);
         assert!(layouts.get(INO, 0, 5, NOW + QUIET * 2).is_some());
+    }
+
+    #[test]
+    fn an_open_brings_what_somebody_else_wrote_since() {
+        let layouts = Layouts::default();
+        let layout = |version, chunk| Layout {
+            slices: vec![slice(0, chunk, 0, 10)],
+            complete_to: 10,
+            attr: Some(dfs_proto::v1::Attr { version, ..Default::default() }),
+            ..Layout::default()
+        };
+        let chunk = || layouts.get(INO, 0, 10, NOW).unwrap()[0].slice.unwrap().chunk;
+        layouts.learn_unasked(INO, &layout(7, 1), NOW);
+        layouts.learn_unasked(INO, &layout(8, 2), NOW);
+        assert_eq!(chunk(), 2);
+        layouts.learn_unasked(INO, &layout(7, 1), NOW);
+        assert_eq!(chunk(), 2, "never back");
+        let commit = |chunk| CommitSlice { chunk, length: 10, ..CommitSlice::default() };
+        layouts.committed(INO, &[commit(3)], Some(9), NOW);
+        layouts.learn_unasked(INO, &layout(9, 4), NOW);
+        assert_eq!(chunk(), 3, "nobody else changed it");
+        layouts.learn_unasked(INO, &layout(10, 5), NOW);
+        assert_eq!(chunk(), 5);
     }
 
     #[test]

@@ -152,9 +152,10 @@ impl Client {
         }
         let (data, session) = (Arc::clone(&inner.data), Arc::clone(&inner.session));
         inner.background.spawn(async move {
-            // The data plane keeps the error for the next write, flush or sync of this inode.
             if let Err(error) = data.flush(ino).await {
                 tracing::warn!(%ino, %error, "the last bytes of a closed file could not be written");
+                // For the next write, flush or sync of this inode: nobody waits here who could be told.
+                data.keep_error(ino, error);
             }
             if let Err(error) = session.hold_later(&own_cred(), close).await {
                 tracing::warn!(%ino, %error, "a file could not be closed at the master");

@@ -122,6 +122,11 @@ impl Core {
         self.inodes.entry(ino).or_insert_with(|| Inode::new(policy, now))
     }
 
+    /// An error that nobody was told of, for whoever writes or flushes next.
+    pub fn keep_error(&mut self, ino: InodeNo, error: FsError, now: Duration) {
+        self.inode(ino, now).error.get_or_insert(error);
+    }
+
     fn take_error(&mut self, ino: InodeNo) -> Option<FsError> {
         let error = self.inodes.get_mut(&ino)?.error.take();
         self.forget_if_done(ino);

@@ -311,6 +311,10 @@ impl Writer {
         self.with(|core, now| core.set_attrs(ino, cred, set, ctime, now))
     }
 
+    pub(crate) fn keep_error(&self, ino: InodeNo, error: FsError) {
+        self.with(|core, now| core.keep_error(ino, error, now));
+    }
+
     pub(crate) fn kill_priv(&self, ino: InodeNo) {
         self.with(|core, now| core.kill_priv(ino, now));
     }

@@ -436,6 +436,11 @@ fn attributes_that_are_refused_are_reported_and_the_bytes_go_without_them() {
         assert_eq!(world.core.flush(ino, world.now).is_err(), !waits);
         world.lost.clear();
     }
+    // Reported to somebody who could tell nobody.
+    world.core.keep_error(InodeNo(1), ErrorCode::ErrorIo.into(), world.now);
+    assert_eq!(world.core.dirty_inodes(), [InodeNo(1)]);
+    assert!(world.core.flush(InodeNo(1), world.now).is_err());
+    assert!(world.core.flush(InodeNo(1), world.now).is_ok() && world.core.dirty_inodes().is_empty());
 }
 
 #[test]
