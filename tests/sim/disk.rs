@@ -98,9 +98,9 @@ impl SimDisk {
         losses
     }
 
-    /// Whether a crash now could lose something.
+    /// Whether a crash now could lose bytes of a file that outlives it.
     pub fn is_dirty(&self) -> bool {
-        lock(&self.names).live.values().any(|content| !lock(content).pending.is_empty())
+        lock(&self.names).durable.values().any(|content| !lock(content).pending.is_empty())
     }
 
     /// Everything on the disk as its machine sees it.

@@ -2,7 +2,8 @@
 //! against a plain model of that directory.
 //!
 //! The operations are chosen so that one applied twice or not at all shows at once: exclusive creates of fresh names,
-//! unlinks and renames of names that exist, appends whose bytes are all different. That is I6, seen from outside.
+//! unlinks and renames of names that exist, appends whose bytes are all different. That is I6 as programs see it; the
+//! checker in `checkers/i6.rs` counts what the masters applied.
 
 use dfs_client::{Client, OpenFlags};
 use dfs_proto::InodeNo;
@@ -13,7 +14,7 @@ use std::collections::BTreeMap;
 const FILES_MAX: usize = 12;
 const WRITE_MAX: usize = 40 << 10;
 /// Long enough that the client sends records before anybody asks for a sync: what a crash can lose.
-const STREAM: usize = 3 << 19;
+const STREAM: usize = 5 << 18;
 
 /// A directory as it must be: name to (inode, content).
 pub type Model = BTreeMap<String, (InodeNo, Vec<u8>)>;
@@ -26,6 +27,8 @@ pub struct Workload {
     model: Model,
     random: SmallRng,
     names: u64,
+    /// Changes of the directory's names that were acknowledged.
+    changes: u64,
     /// Operations that were acknowledged.
     pub done: u64,
 }
@@ -56,7 +59,7 @@ impl Workload {
         let dir = during("mkdir", client.create(&cred, create).await)?;
         let dir = ino(&dir.attr);
         let random = SmallRng::seed_from_u64(seed);
-        Ok(Self { client, cred, dir, model: Model::new(), random, names: 0, done: 0 })
+        Ok(Self { client, cred, dir, model: Model::new(), random, names: 0, changes: 0, done: 0 })
     }
 
     /// One random operation. An error is a violation: enough of the cluster always comes back in time.
@@ -73,6 +76,11 @@ impl Workload {
         }
         self.done += 1;
         Ok(())
+    }
+
+    /// The directory, and how many changes of its names were acknowledged.
+    pub fn name_changes(&self) -> (InodeNo, u64) {
+        (self.dir, self.changes)
     }
 
     /// What the directory must hold; consumes the workload.
@@ -93,8 +101,8 @@ impl Workload {
     fn bytes(&mut self) -> Vec<u8> {
         // Mostly small files, now and then one of several checksum units, sometimes a long one.
         let length = match self.random.random_range(0..40) {
-            0 => STREAM,
-            1..10 => self.random.random_range(1..=WRITE_MAX),
+            0..4 => STREAM,
+            4..12 => self.random.random_range(1..=WRITE_MAX),
             _ => self.random.random_range(1..=512),
         };
         let mut bytes = vec![0; length];
@@ -130,6 +138,7 @@ impl Workload {
         during("flush", self.client.flush(&file).await)?;
         during("release", self.client.release(file).await)?;
         self.model.insert(name, (ino(&entry.attr), bytes));
+        self.changes += 1;
         Ok(())
     }
 
@@ -179,12 +188,14 @@ impl Workload {
         during("rename", self.client.rename(&self.cred, dir, old, dir, new, false, false).await)?;
         let moved = self.model.remove(name).expect("picked from the model");
         self.model.insert(target, moved);
+        self.changes += 1;
         Ok(())
     }
 
     async fn unlink(&mut self, name: &str) -> Result<(), Violation> {
         during("unlink", self.client.unlink(&self.cred, self.dir, name.as_bytes()).await)?;
         self.model.remove(name);
+        self.changes += 1;
         Ok(())
     }
 

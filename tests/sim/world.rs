@@ -8,6 +8,7 @@ use crate::workload::{Model, Violation, Workload, verify_dir};
 use dfs_client::{Client, ClientConfig};
 use dfs_env::Disk;
 use dfs_master::raft::{SimStorage, Storage};
+use dfs_proto::InodeNo;
 use dfs_proto::token::ClusterKey;
 use dfs_proto::units::ByteSize;
 use std::collections::BTreeMap;
@@ -20,8 +21,8 @@ const CHUNKDS: u64 = 4;
 const CLIENTS: u64 = 2;
 const MASTER_PORT: u16 = 7100;
 const CHUNKD_PORT: u16 = 7200;
-/// Small chunks, so that many are sealed, in a short run.
-const CHUNK_SIZE: u64 = 256 << 10;
+/// Small chunks, so that many are sealed in a short run; larger than a record, so that crashes find some in the middle.
+const CHUNK_SIZE: u64 = 3 << 19;
 /// Faults stop here; what follows must be quiet and whole.
 const FAULTS_END: Duration = Duration::from_secs(25);
 /// How long a crash of a chunk daemon waits for unsynced writes on its disk.
@@ -47,6 +48,8 @@ struct Machine {
 struct Progress {
     operations: u64,
     models: Vec<(String, Model)>,
+    /// Of each directory, how many changes of its names.
+    acknowledged: BTreeMap<InodeNo, u64>,
     finished: u64,
 }
 
@@ -91,8 +94,8 @@ pub fn run(seed: u64) -> Result<Report, Violation> {
     let mut watch =
         Watch::new(storages, machines.iter().map(|machine| (machine.host.clone(), machine.disk.clone())));
     let losses = drive(&mut sim, &mut plan, &machines, &mut watch, seed)?;
-    watch.at_end()?;
     let progress = progress.lock().expect("one thread");
+    watch.at_end(&progress.acknowledged)?;
     Ok(Report {
         operations: progress.operations,
         faults: plan.fired().clone(),
@@ -249,6 +252,8 @@ fn start_client(sim: &mut turmoil::Sim<'_>, id: u64, seed: u64, progress: Arc<Mu
         {
             let mut progress = progress.lock().expect("one thread");
             progress.operations += workload.done;
+            let (dir, changes) = workload.name_changes();
+            progress.acknowledged.insert(dir, changes);
             progress.models.push((name, workload.into_model()));
             progress.finished += 1;
         }

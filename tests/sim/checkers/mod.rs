@@ -3,11 +3,14 @@
 mod i10;
 mod i2;
 mod i4;
+mod i6;
 mod i7;
 
 use crate::disk::SimDisk;
 use crate::workload::Violation;
 use dfs_master::raft::SimStorage;
+use dfs_proto::InodeNo;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Looks at the masters' state and the chunk daemons' disks from outside, as no part of the cluster can.
@@ -35,9 +38,10 @@ impl Watch {
         self.committed.observe(&self.masters, &chunks)
     }
 
-    /// When it has come to rest.
-    pub fn at_end(&mut self) -> Result<(), Violation> {
+    /// When it has come to rest. `acknowledged`: of each directory, how many changes of its names.
+    pub fn at_end(&mut self, acknowledged: &BTreeMap<InodeNo, u64>) -> Result<(), Violation> {
         self.observe()?;
+        i6::check(&self.masters, acknowledged)?;
         i7::check(&self.masters)?;
         i10::check(&self.masters)
     }
