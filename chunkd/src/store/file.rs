@@ -206,6 +206,11 @@ impl Chunk {
         match durable::sync_file(&*self.shared.env.disk, &*file, path, state.name_synced) {
             Ok(()) => {
                 let mut now = lock(&self.state);
+                if now.sync_failed {
+                    // At the same time as this one. The kernel tells of an error once: to whichever of the two.
+                    let error = now.broken.clone();
+                    return Err(error.unwrap_or_else(|| self.error(ErrorCode::ErrorIo, "a sync failed")));
+                }
                 if now.generation != state.generation {
                     return Err(self.error(ErrorCode::ErrorNoChunk, "it was deleted meanwhile"));
                 }

@@ -142,7 +142,13 @@ impl Chunk {
             (now.length, now.synced, now.digest) = (length, now.synced.min(length), sum);
             now.position = position;
         }
-        durable::cut(file, position).map_err(|error| failed("cutting", &path, error))?;
+        if let Err(error) = durable::cut(file, position) {
+            let error = failed("cutting", &path, error);
+            // A later sync might say that all is well.
+            let mut now = lock(&self.state);
+            (now.broken, now.sync_failed) = (Some(error.clone()), true);
+            return Err(error);
+        }
         let mut now = lock(&self.state);
         dir.account(0, now.file_bytes.saturating_sub(position));
         now.file_bytes = position;

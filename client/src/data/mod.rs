@@ -141,7 +141,7 @@ impl DataPlane {
 
     /// Keeps an error of an earlier flush that nobody was told of, for the next write or flush of the inode.
     pub fn keep_error(&self, ino: InodeNo, error: dfs_proto::FsError) {
-        self.writer.keep_error(ino, error);
+        self.writer.keep_error(ino, error, false);
     }
 
     /// The inode's next commit clears suid, sgid and capabilities.
@@ -156,8 +156,8 @@ impl DataPlane {
         self.writer.set_policy(ino, Policy { replicas, chunk_size });
     }
 
-    /// Reads `[offset, offset + len)`, cut at `size` (the file's end, uncommitted bytes included). Holes are zeros;
-    /// bytes not committed yet show.
+    /// Reads `[offset, offset + len)`, cut at the end of the file that `attr` tells of (uncommitted bytes included), of that
+    /// version or a later one. Holes are zeros; bytes not committed yet show.
     ///
     /// # Errors
     /// ErrorIo when no replica has the bytes or none answers within the operation time-out, and the session's.
@@ -165,18 +165,18 @@ impl DataPlane {
         &self,
         ino: InodeNo,
         state: &ReadState,
-        size: u64,
+        attr: &Attr,
         offset: u64,
         len: usize,
     ) -> FsResult<Bytes> {
-        let len = usize::try_from(size.saturating_sub(offset)).map_or(len, |left| left.min(len));
+        let len = usize::try_from(attr.size.saturating_sub(offset)).map_or(len, |left| left.min(len));
         if len == 0 {
             return Ok(Bytes::new());
         }
         // Looked at first: a commit that ends meanwhile moves bytes from here to the layout, never the other way.
         let dirty = self.writer.read(ino, offset, len);
         match &dirty[..] {
-            [] => return self.reader.read(ino, state, size, offset, len).await,
+            [] => return self.reader.read(ino, state, attr, offset, len).await,
             [(at, bytes)] if *at == offset && bytes.len() == len => return Ok(bytes.clone()),
             _ => {}
         }
@@ -186,7 +186,7 @@ impl DataPlane {
         let mut at = offset;
         for (start, bytes) in dirty.iter().chain(std::iter::once(&(end, Bytes::new()))) {
             if at < *start {
-                let gap = self.reader.read(ino, state, size, at, index(*start) - index(at)).await?;
+                let gap = self.reader.read(ino, state, attr, at, index(*start) - index(at)).await?;
                 data[index(at)..index(*start)].copy_from_slice(&gap);
             }
             data[index(*start)..index(*start) + bytes.len()].copy_from_slice(bytes);

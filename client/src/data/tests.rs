@@ -94,7 +94,7 @@ impl FakeMaster {
         let mut books = self.books.lock().unwrap();
         books.layout_questions += 1;
         let segments =
-            self.layouts.get(InodeNo(ask.ino), ask.offset, ask.offset + ask.length, Duration::ZERO);
+            self.layouts.get(InodeNo(ask.ino), ask.offset, ask.offset + ask.length, 0, Duration::ZERO);
         let mut slices: Vec<v1::Slice> =
             segments.unwrap_or_default().iter().filter_map(|segment| segment.slice).collect();
         let more = slices.len() > ask.max_slices as usize;
@@ -244,7 +244,8 @@ async fn read(data: &DataPlane, ino: u64, size: usize, step: usize) -> Vec<u8> {
     let state = ReadState::default();
     let mut all = Vec::new();
     while all.len() < size {
-        let part = data.read(InodeNo(ino), &state, size as u64, all.len() as u64, step).await.unwrap();
+        let part =
+            data.read(InodeNo(ino), &state, &sized(size as u64), all.len() as u64, step).await.unwrap();
         assert!(!part.is_empty());
         all.extend_from_slice(&part);
     }
@@ -264,6 +265,10 @@ fn chunk_files(dir: &Path) -> Vec<PathBuf> {
     found
 }
 
+fn sized(size: u64) -> v1::Attr {
+    v1::Attr { size, ..v1::Attr::default() }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_large_file_comes_back_from_memory_and_from_the_daemons() {
     let cluster = Cluster::start(2, 2, 4 << 20).await;
@@ -281,10 +286,14 @@ async fn a_large_file_comes_back_from_memory_and_from_the_daemons() {
     assert!(read(&other, 7, bytes.len(), 128 << 10).await == bytes, "another client");
     let state = ReadState::default();
     let at = 5_000_001;
-    let part = other.read(InodeNo(7), &state, bytes.len() as u64, at, 4096).await.unwrap();
+    let part = other.read(InodeNo(7), &state, &sized(bytes.len() as u64), at, 4096).await.unwrap();
     assert!(part == bytes[at as usize..at as usize + 4096]);
     assert!(
-        other.read(InodeNo(7), &state, bytes.len() as u64, bytes.len() as u64, 10).await.unwrap().is_empty()
+        other
+            .read(InodeNo(7), &state, &sized(bytes.len() as u64), bytes.len() as u64, 10)
+            .await
+            .unwrap()
+            .is_empty()
     );
     // Neighbouring records are one slice, full chunks are given back for sealing.
     assert!(
@@ -311,7 +320,7 @@ async fn overwrites_and_holes_read_right_at_every_stage() {
             data.flush(InodeNo(9)).await.unwrap();
         }
         let state = ReadState::default();
-        let whole = data.read(InodeNo(9), &state, size, 0, model.len()).await.unwrap();
+        let whole = data.read(InodeNo(9), &state, &sized(size), 0, model.len()).await.unwrap();
         assert!(whole == model, "round {round}");
     }
     data.flush_all().await.unwrap();
@@ -486,7 +495,11 @@ async fn throughput() {
     let began = clock.boot();
     let mut at = 0;
     while at < total * MIB {
-        at += other.read(InodeNo(1), &state, (total * MIB) as u64, at as u64, 128 << 10).await.unwrap().len();
+        at += other
+            .read(InodeNo(1), &state, &sized((total * MIB) as u64), at as u64, 128 << 10)
+            .await
+            .unwrap()
+            .len();
     }
     println!("read: {:.0} MiB/s", rate(began));
     let began = clock.boot();

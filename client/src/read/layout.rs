@@ -155,12 +155,14 @@ impl Layouts {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What stands in `[from, to)`, if that is known.
+    /// What stands in `[from, to)`, if that is known of the inode's `version` or a later one. An earlier one's layout
+    /// would show holes where the file has grown since.
     #[must_use]
-    pub fn get(&self, ino: InodeNo, from: u64, to: u64, now: Duration) -> Option<Vec<Segment>> {
+    pub fn get(&self, ino: InodeNo, from: u64, to: u64, version: u64, now: Duration) -> Option<Vec<Segment>> {
         let mut inner = self.lock();
         let known = inner.known.get(&ino)?;
-        (now < known.until && known.from <= from && to <= known.to).then(|| known.segments(from, to))
+        let believed = now < known.until && known.version >= version;
+        (believed && known.from <= from && to <= known.to).then(|| known.segments(from, to))
     }
 
     /// To be called before the master is asked.
@@ -209,10 +211,13 @@ impl Layouts {
             let newer = change.after.is_some_and(|(of, after)| of == ino && version >= after);
             let quiet = change.count == 0 || now.saturating_sub(change.at) > QUIET;
             let known = inner.known.peek(&ino).filter(|known| now < known.until);
-            if !(newer || quiet) || known.is_some_and(|known| known.version >= version) {
+            if known.is_some_and(|known| known.version >= version) {
                 return;
             }
             inner.remove(ino);
+            if !(newer || quiet) {
+                return;
+            }
             Asked(change.count)
         };
         self.learn(ino, layout, 0, layout.complete_to, asked, now);
@@ -285,10 +290,10 @@ mod tests {
         let asked = layouts.asking(INO);
         layouts.committed(INO, &[], None, NOW);
         layouts.learn(INO, &layout, 0, 100, asked, NOW);
-        assert_eq!(layouts.get(INO, 0, 100, NOW), None);
+        assert_eq!(layouts.get(INO, 0, 100, 0, NOW), None);
         layouts.learn(INO, &layout, 0, 100, layouts.asking(INO), NOW);
         let seen: Vec<_> = layouts
-            .get(INO, 5, 50, NOW)
+            .get(INO, 5, 50, 0, NOW)
             .unwrap()
             .iter()
             .map(|s| (s.offset, s.length, s.slice.map(|slice| slice.chunk)))
@@ -297,8 +302,8 @@ mod tests {
             seen,
             [(5, 5, None), (10, 10, Some(1)), (20, 10, None), (30, 10, Some(2)), (40, 10, None)]
         );
-        assert_eq!(layouts.get(INO, 0, 101, NOW), None);
-        assert_eq!(layouts.get(INO, 0, 100, NOW + Duration::from_millis(ATTR_TTL_MS)), None);
+        assert_eq!(layouts.get(INO, 0, 101, 0, NOW), None);
+        assert_eq!(layouts.get(INO, 0, 100, 0, NOW + Duration::from_millis(ATTR_TTL_MS)), None);
     }
 
     #[test]
@@ -311,14 +316,14 @@ mod tests {
         };
         layouts.committed(INO, &[], Some(7), NOW);
         layouts.learn_unasked(INO, &layout(6), NOW);
-        assert_eq!(layouts.get(INO, 0, 5, NOW), None);
+        assert_eq!(layouts.get(INO, 0, 5, 0, NOW), None);
         layouts.learn_unasked(INO, &layout(7), NOW);
-        assert!(layouts.get(INO, 0, 5, NOW).is_some());
+        assert!(layouts.get(INO, 0, 5, 0, NOW).is_some());
         layouts.forget(INO, NOW);
         layouts.learn_unasked(INO, &layout(9), NOW);
-        assert_eq!(layouts.get(INO, 0, 5, NOW), None);
+        assert_eq!(layouts.get(INO, 0, 5, 0, NOW), None);
         layouts.learn_unasked(INO, &layout(9), NOW + QUIET * 2);
-        assert!(layouts.get(INO, 0, 5, NOW + QUIET * 2).is_some());
+        assert!(layouts.get(INO, 0, 5, 0, NOW + QUIET * 2).is_some());
     }
 
     #[test]
@@ -330,7 +335,7 @@ mod tests {
             attr: Some(dfs_proto::v1::Attr { version, ..Default::default() }),
             ..Layout::default()
         };
-        let chunk = || layouts.get(INO, 0, 10, NOW).unwrap()[0].slice.unwrap().chunk;
+        let chunk = || layouts.get(INO, 0, 10, 0, NOW).unwrap()[0].slice.unwrap().chunk;
         layouts.learn_unasked(INO, &layout(7, 1), NOW);
         layouts.learn_unasked(INO, &layout(8, 2), NOW);
         assert_eq!(chunk(), 2);
@@ -342,6 +347,12 @@ mod tests {
         assert_eq!(chunk(), 3, "nobody else changed it");
         layouts.learn_unasked(INO, &layout(10, 5), NOW);
         assert_eq!(chunk(), 5);
+        // Attributes of a later version say how long the file is: this layout would show a hole there.
+        assert!(layouts.get(INO, 0, 10, 10, NOW).is_some() && layouts.get(INO, 0, 10, 11, NOW).is_none());
+        // Newer, but perhaps older than a change of this client: neither is believed.
+        layouts.committed(INO, &[commit(6)], None, NOW);
+        layouts.learn_unasked(INO, &layout(12, 7), NOW);
+        assert_eq!(layouts.get(INO, 0, 10, 0, NOW), None);
     }
 
     #[test]
@@ -351,7 +362,7 @@ mod tests {
         let second = Layout { slices: vec![slice(0, 1, 0, 50), slice(50, 2, 0, 50)], ..Layout::default() };
         layouts.learn(INO, &first, 0, 50, layouts.asking(INO), NOW);
         layouts.learn(INO, &second, 50, 100, layouts.asking(INO), NOW);
-        assert_eq!(layouts.get(INO, 0, 100, NOW).unwrap().len(), 2);
+        assert_eq!(layouts.get(INO, 0, 100, 0, NOW).unwrap().len(), 2);
     }
 
     proptest! {
@@ -366,7 +377,7 @@ mod tests {
                 for byte in 0..length { model[(offset + byte) as usize] = Some((chunk, at + byte)); }
             }
             let mut seen: Vec<Option<(u64, u64)>> = Vec::new();
-            for segment in layouts.get(INO, 0, 200, NOW).unwrap() {
+            for segment in layouts.get(INO, 0, 200, 0, NOW).unwrap() {
                 prop_assert_eq!(segment.offset, seen.len() as u64);
                 for byte in 0..segment.length {
                     seen.push(segment.slice.map(|s| (s.chunk, s.chunk_offset + segment.offset - s.file_offset + byte)));

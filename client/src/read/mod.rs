@@ -149,8 +149,8 @@ impl Reader {
     }
 
     /// Where the bytes `[from, to)` of a file are.
-    async fn segments(&self, ino: InodeNo, from: u64, to: u64) -> FsResult<Vec<Segment>> {
-        if let Some(segments) = self.layouts.get(ino, from, to, self.env.clock.boot()) {
+    async fn segments(&self, ino: InodeNo, from: u64, to: u64, version: u64) -> FsResult<Vec<Segment>> {
+        if let Some(segments) = self.layouts.get(ino, from, to, version, self.env.clock.boot()) {
             return Ok(segments);
         }
         let private = Layouts::default();
@@ -164,7 +164,7 @@ impl Reader {
             // This read began before whatever has changed since: the answer serves it even where it is not kept.
             private.learn(ino, &layout, at, complete, private.asking(ino), Duration::ZERO);
             if complete >= to {
-                let segments = private.get(ino, from, to, Duration::ZERO);
+                let segments = private.get(ino, from, to, 0, Duration::ZERO);
                 return segments.ok_or_else(|| FsError::new(ErrorCode::ErrorIo, "the layout has gaps"));
             }
             if complete <= at {
@@ -194,23 +194,25 @@ impl Reader {
         }
     }
 
-    /// Committed bytes of a file; holes are zeros. `size`: where the file ends, for reading ahead.
+    /// Committed bytes of a file; holes are zeros. `attr`: where the file ends, for reading ahead, and the version that the
+    /// bytes must be of, or a later one.
     pub(crate) async fn read(
         &self,
         ino: InodeNo,
         state: &ReadState,
-        size: u64,
+        attr: &dfs_proto::v1::Attr,
         offset: u64,
         len: usize,
     ) -> FsResult<Bytes> {
         let end = offset + len as u64;
-        let plan = state.plan(offset, end, size.max(end), self.ahead);
-        let result = self.read_once(ino, offset, end, plan.sequential, plan.ahead.clone()).await;
+        let plan = state.plan(offset, end, attr.size.max(end), self.ahead);
+        let (range, version) = (offset..end, attr.version);
+        let result = self.read_once(ino, range.clone(), version, plan.sequential, plan.ahead.clone()).await;
         match result {
             // Moved by compaction since the layout was learned: the master knows where to.
             Err(error) if error.code == ErrorCode::ErrorNoChunk => {
                 self.forget_layout(ino);
-                self.read_once(ino, offset, end, plan.sequential, 0..0).await.map_err(|error| {
+                self.read_once(ino, range, version, plan.sequential, 0..0).await.map_err(|error| {
                     if error.code == ErrorCode::ErrorNoChunk {
                         FsError { code: ErrorCode::ErrorIo, ..error }
                     } else {
@@ -225,12 +227,13 @@ impl Reader {
     async fn read_once(
         &self,
         ino: InodeNo,
-        offset: u64,
-        end: u64,
+        range: Range<u64>,
+        version: u64,
         whole: bool,
         ahead: Range<u64>,
     ) -> FsResult<Bytes> {
-        let segments = self.segments(ino, offset, end).await?;
+        let Range { start: offset, end } = range;
+        let segments = self.segments(ino, offset, end, version).await?;
         let single = match &segments[..] {
             [Segment { slice: Some(slice), .. }] => {
                 let mut parts = parts(slice, offset..end, whole);
@@ -319,7 +322,7 @@ impl Reader {
         if range.is_empty() {
             return;
         }
-        let Some(segments) = self.layouts.get(ino, range.start, range.end, self.env.clock.boot()) else {
+        let Some(segments) = self.layouts.get(ino, range.start, range.end, 0, self.env.clock.boot()) else {
             return;
         };
         for segment in segments {

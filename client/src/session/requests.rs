@@ -437,14 +437,14 @@ fn is_cancel(request: &Request) -> bool {
 }
 
 /// Whether a request may be given to a new session although the old one may have carried it out. A commit names chunks
-/// of the old session, which are fenced: it fails as stale, and the data plane sends the bytes again.
+/// of the old session, which are fenced: it fails as stale, and the data plane sends the bytes again. One without chunks
+/// sets attributes only.
 fn harmless_twice(request: &Request) -> bool {
-    match &request.op {
-        Some(request::Op::Mutation(change)) => matches!(
-            change.op,
-            Some(mutation::Op::Commit(_) | mutation::Op::AllocChunks(_) | mutation::Op::Touch(_))
-        ),
-        _ => true,
+    let Some(request::Op::Mutation(change)) = &request.op else { return true };
+    match &change.op {
+        Some(mutation::Op::Commit(commit)) => !commit.slices.is_empty(),
+        Some(mutation::Op::AllocChunks(_) | mutation::Op::Touch(_)) => true,
+        _ => false,
     }
 }
 

@@ -135,17 +135,24 @@ fn the_hello_asserts_opens_and_locks_again() {
 fn an_expired_session_fails_changes_of_unknown_outcome_and_carries_over_the_rest() {
     let mut state = connected();
     let (unknown, mut a) = submit(&mut state, mutation());
-    let commit =
-        request::Op::Mutation(v1::Mutation { op: Some(mutation::Op::Commit(v1::Commit::default())) });
-    let (commit, _b) = submit(&mut state, commit);
+    let commit = |slices| {
+        let commit = v1::Commit { slices, set: Some(v1::SetAttr::default()), ..v1::Commit::default() };
+        request::Op::Mutation(v1::Mutation { op: Some(mutation::Op::Commit(commit)) })
+    };
+    // Its chunk is fenced; without one it would set attributes twice.
+    let (with_bytes, _b) = submit(&mut state, commit(vec![v1::CommitSlice::default()]));
+    let (without, mut e) = submit(&mut state, commit(vec![]));
     let (asked, _c) = submit(&mut state, query());
-    assert_eq!(sent(&mut state), [unknown, commit, asked]);
+    assert_eq!(sent(&mut state), [unknown, with_bytes, without, asked]);
     let (unsent, _d) = submit(&mut state, mutation());
+    let commit = with_bytes;
     let outcome = state.expired(8);
-    assert_eq!(outcome.freed, 1);
+    assert_eq!(outcome.freed, 2);
     done(outcome);
-    let error = a.try_recv().expect("answered").expect_err("failed");
-    assert_eq!(error.code, ErrorCode::ErrorIo);
+    for answer in [&mut a, &mut e] {
+        let error = answer.try_recv().expect("answered").expect_err("failed");
+        assert_eq!(error.code, ErrorCode::ErrorIo);
+    }
     let hello = state.hello("n", "h");
     assert_eq!((hello.session, hello.nonce), (0, 8));
     state.welcome(&welcome(4), &mut 0);

@@ -39,6 +39,13 @@ impl Client {
         }
     }
 
+    /// How long it may still be believed that there is nothing of a name, if that is known.
+    #[must_use]
+    pub fn cached_absence(&self, parent: InodeNo, name: &[u8]) -> Option<Duration> {
+        let (ino, left) = self.inner.cache.name(parent, name)?;
+        ino.is_none().then_some(left)
+    }
+
     /// The attributes of an inode, with the size and the times that this client's own writes gave it.
     ///
     /// # Errors
@@ -132,9 +139,16 @@ impl Inner {
     /// Attributes as this client's programs see them: with what it holds but has not committed.
     pub fn overlaid(&self, mut attr: Attr) -> Attr {
         let ino = InodeNo(attr.ino);
-        if attr.kind == v1::Kind::File as i32
-            && let Some(dirty) = self.data.dirty(ino)
-        {
+        if attr.kind != v1::Kind::File as i32 {
+            return self.with_atime(attr);
+        }
+        // The answer to a commit is learned before the bytes leave memory. Looked at in the other order, the attributes
+        // could be from before the commit and the bytes gone: the file would seem shorter than it was.
+        let dirty = self.data.dirty(ino);
+        if let Some(known) = self.cache.last_attr(ino).filter(|known| known.version > attr.version) {
+            attr = known;
+        }
+        if let Some(dirty) = dirty {
             if dirty.end > attr.size {
                 // Roughly: a hole before the written bytes would be counted, but never more than fits in memory.
                 let grown = (dirty.end - attr.size).min(self.config.write_memory);
@@ -155,7 +169,11 @@ impl Inner {
                 newest(&mut attr.ctime, ctime);
             }
         }
-        if let Some(atime) = self.atimes.pending(ino)
+        self.with_atime(attr)
+    }
+
+    fn with_atime(&self, mut attr: Attr) -> Attr {
+        if let Some(atime) = self.atimes.pending(InodeNo(attr.ino))
             && attr.atime.is_none_or(|time| time.key() < atime.key())
         {
             attr.atime = Some(atime);

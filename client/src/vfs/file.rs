@@ -71,7 +71,7 @@ impl Client {
         }
         inner.accessed(&attr);
         let left = usize::try_from(attr.size - offset).unwrap_or(usize::MAX);
-        inner.data.read(file.ino, &file.read_state, attr.size, offset, len.min(left)).await
+        inner.data.read(file.ino, &file.read_state, &attr, offset, len.min(left)).await
     }
 
     /// Writes without waiting, if that is possible; `None`: call [`Client::write`] (or [`Client::append`]).
@@ -185,7 +185,8 @@ impl Inner {
     /// Whether a write through this file must clear set-user-id or set-group-id. The kernel says it per write, but the
     /// FUSE library hides that: decided by who opened the file.
     fn loses_privileges(&self, file: &OpenFile) -> bool {
-        file.uid != 0 && self.cache.last_attr(file.ino).is_some_and(|attr| attr.mode & PRIVILEGED != 0)
+        let known = || self.cache.last_attr(file.ino).map(|attr| self.overlaid(attr));
+        file.uid != 0 && known().is_some_and(|attr| attr.mode & PRIVILEGED != 0)
     }
 
     /// The first write through an open of somebody but root also clears file capabilities, of which this client does

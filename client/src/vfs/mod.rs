@@ -221,16 +221,22 @@ impl Inner {
     /// Brings the master to know the attributes that were set on an inode, before it decides by them.
     pub async fn settle_attrs(&self, ino: InodeNo) -> FsResult<()> {
         match self.data.dirty(ino) {
-            Some(dirty) if dirty.set.is_some() => self.data.flush(ino).await.map(drop),
+            Some(dirty) if dirty.set.is_some() => self.flush_for_another(ino).await,
             _ => Ok(()),
         }
     }
 
+    /// Flushes on behalf of somebody who wrote nothing: an error is the writer's to know as well.
+    async fn flush_for_another(&self, ino: InodeNo) -> FsResult<()> {
+        let flushed = self.data.flush(ino).await;
+        flushed.map(drop).inspect_err(|error| self.data.keep_error(ino, error.clone()))
+    }
+
     /// Flushes what is held of an inode, if anything.
     pub async fn flush_if_dirty(&self, ino: InodeNo) -> FsResult<()> {
-        if self.data.dirty(ino).is_some() {
-            self.data.flush(ino).await?;
+        match self.data.dirty(ino) {
+            Some(_) => self.flush_for_another(ino).await,
+            None => Ok(()),
         }
-        Ok(())
     }
 }

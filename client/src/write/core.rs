@@ -122,13 +122,17 @@ impl Core {
         self.inodes.entry(ino).or_insert_with(|| Inode::new(policy, now))
     }
 
-    /// An error that nobody was told of, for whoever writes or flushes next.
-    pub fn keep_error(&mut self, ino: InodeNo, error: FsError, now: Duration) {
-        self.inode(ino, now).error.get_or_insert(error);
+    /// An error that no writer was told of, for whoever writes or flushes next. `told_sync`: a sync of everything was.
+    pub fn keep_error(&mut self, ino: InodeNo, error: FsError, told_sync: bool, now: Duration) {
+        let inode = self.inode(ino, now);
+        inode.error.get_or_insert(error);
+        inode.told_sync |= told_sync;
     }
 
     fn take_error(&mut self, ino: InodeNo) -> Option<FsError> {
-        let error = self.inodes.get_mut(&ino)?.error.take();
+        let inode = self.inodes.get_mut(&ino)?;
+        inode.told_sync = false;
+        let error = inode.error.take();
         self.forget_if_done(ino);
         error
     }
@@ -217,8 +221,8 @@ impl Core {
         }
     }
 
-    /// Keeps attributes that a program sets, to be committed with the bytes it wrote before. False: there are none, or
-    /// somebody else's attributes wait already.
+    /// Keeps attributes that a program sets, to be committed with the bytes it wrote before. False: there are none;
+    /// somebody else's attributes wait already; or somebody waits for them.
     pub fn set_attrs(
         &mut self,
         ino: InodeNo,
@@ -228,7 +232,13 @@ impl Core {
         now: Duration,
     ) -> bool {
         let Some(inode) = self.inodes.get_mut(&ino).filter(|inode| !inode.is_clean()) else { return false };
-        if inode.attrs.as_ref().is_some_and(|attrs| attrs.cred != *cred) {
+        let setting = inode.committing.as_ref().and_then(|commit| commit.attrs.as_ref());
+        if setting.into_iter().chain(&inode.attrs).any(|attrs| attrs.cred != *cred) {
+            return false;
+        }
+        // Whoever waits for what was set before would wait for this and for the bytes in between, and so on for ever.
+        let run = inode.attrs.as_ref().map(|attrs| attrs.run);
+        if run.is_some_and(|run| inode.waiters.iter().any(|(target, _)| *target >= run)) {
             return false;
         }
         // Bytes written so far come before.
@@ -267,7 +277,8 @@ impl Core {
     /// The inodes with something that is not committed, and those with an error that is not reported.
     #[must_use]
     pub fn dirty_inodes(&self) -> Vec<InodeNo> {
-        let dirty = self.inodes.iter().filter(|(_, inode)| !inode.is_clean() || inode.error.is_some());
+        let untold = |inode: &Inode| inode.error.is_some() && !inode.told_sync;
+        let dirty = self.inodes.iter().filter(|(_, inode)| !inode.is_clean() || untold(inode));
         dirty.map(|(ino, _)| *ino).collect()
     }
 
@@ -353,7 +364,7 @@ impl Core {
             set: attrs.as_ref().map(|attrs| attrs.set.change()),
         };
         let cred = attrs.as_ref().map_or_else(Cred::default, |attrs| attrs.cred.clone());
-        inode.committing = Some(Committing { id, kill_priv, records, attrs });
+        inode.committing = Some(Committing { id, kill_priv, records, attrs, expired: false });
         inode.progress_at = inode.progress_at.max(now);
         self.actions.push(Action::Commit { ino, id, cred, commit });
     }
@@ -382,6 +393,13 @@ impl Core {
                 // The answer does not say which chunk was fenced, so all that the commit named are given up.
                 let chunks: BTreeSet<ChunkId> = commit.records.iter().map(|record| record.chunk).collect();
                 let tell = error.code == ErrorCode::ErrorStaleEpoch;
+                let mut commit = commit;
+                if (!tell || commit.expired) && commit.attrs.take().is_some() {
+                    // Perhaps they were set before the session ended; by now somebody else may have set others.
+                    let text =
+                        "the session ended before the answer came: mode, owner or times may not be set";
+                    self.tell_error(ino, &FsError::new(ErrorCode::ErrorIo, text));
+                }
                 self.take_back(ino, commit);
                 for chunk in chunks {
                     self.give_up(chunk, &[], &error, tell, now);
@@ -393,15 +411,7 @@ impl Core {
             }
             Err(error) if commit.attrs.is_some() => {
                 // Perhaps because of the attributes: the bytes get another chance without them.
-                let waiters = std::mem::take(&mut inode.waiters);
-                if waiters.is_empty() {
-                    inode.error = Some(error.clone());
-                }
-                self.actions.extend(
-                    waiters
-                        .into_iter()
-                        .map(|(_, waiter)| Action::Wake { waiter, result: Err(error.clone()) }),
-                );
+                self.tell_error(ino, &error);
                 self.take_back(ino, Committing { attrs: None, ..commit });
                 self.line_up(ino);
                 self.mark_syncs(ino);
@@ -413,11 +423,27 @@ impl Core {
         self.dispatch(now);
     }
 
+    /// Tells whoever waits for an inode of an error, or else keeps it for the next caller.
+    fn tell_error(&mut self, ino: InodeNo, error: &FsError) {
+        let Some(inode) = self.inodes.get_mut(&ino) else { return };
+        let waiters = std::mem::take(&mut inode.waiters);
+        if waiters.is_empty() {
+            inode.error.get_or_insert_with(|| error.clone());
+        }
+        self.actions.extend(
+            waiters.into_iter().map(|(_, waiter)| Action::Wake { waiter, result: Err(error.clone()) }),
+        );
+    }
+
     /// A commit did not happen: what it held waits again, older than everything else.
     fn take_back(&mut self, ino: InodeNo, commit: Committing) {
         let Some(inode) = self.inodes.get_mut(&ino) else { return };
+        let written_since = inode.kill_priv;
         inode.kill_priv |= commit.kill_priv;
-        if let Some(attrs) = commit.attrs {
+        if let Some(mut attrs) = commit.attrs {
+            if written_since {
+                attrs.set.kill_priv();
+            }
             let later = inode.attrs.take();
             inode.set(attrs, later);
         }

@@ -337,6 +337,9 @@ impl Core {
     /// The session expired: its chunks are fenced, and what they hold uncommitted must be sent again.
     pub fn session_changed(&mut self, now: Duration) {
         let error = FsError::from(ErrorCode::ErrorSessionExpired);
+        for commit in self.inodes.values_mut().filter_map(|inode| inode.committing.as_mut()) {
+            commit.expired = true;
+        }
         let mut chunks: Vec<ChunkId> = self.chunks.keys().copied().collect();
         chunks.sort_unstable();
         for pool in self.pools.values_mut() {

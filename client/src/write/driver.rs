@@ -296,10 +296,18 @@ impl Writer {
     pub(crate) async fn flush_all(&self) -> FsResult<()> {
         use futures::StreamExt;
         let dirty = self.lock().core.dirty_inodes();
-        let flushes =
-            futures::stream::iter(dirty).map(|ino| self.flush(ino)).buffer_unordered(FLUSHES_AT_ONCE);
-        let results: Vec<FsResult<Option<Attr>>> = flushes.collect().await;
-        results.into_iter().find_map(Result::err).map_or(Ok(()), Err)
+        let mut flushes = futures::stream::iter(dirty)
+            .map(|ino| async move { (ino, self.flush(ino).await) })
+            .buffer_unordered(FLUSHES_AT_ONCE);
+        let mut first = Ok(());
+        while let Some((ino, flushed)) = flushes.next().await {
+            if let Err(error) = flushed {
+                // Whoever wrote must be told, too.
+                self.keep_error(ino, error.clone(), true);
+                first = first.and(Err(error));
+            }
+        }
+        first
     }
 
     pub(crate) fn dirty(&self, ino: InodeNo) -> Option<Dirty> {
@@ -311,8 +319,8 @@ impl Writer {
         self.with(|core, now| core.set_attrs(ino, cred, set, ctime, now))
     }
 
-    pub(crate) fn keep_error(&self, ino: InodeNo, error: FsError) {
-        self.with(|core, now| core.keep_error(ino, error, now));
+    pub(crate) fn keep_error(&self, ino: InodeNo, error: FsError, told_sync: bool) {
+        self.with(|core, now| core.keep_error(ino, error, told_sync, now));
     }
 
     pub(crate) fn kill_priv(&self, ino: InodeNo) {

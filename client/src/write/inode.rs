@@ -55,6 +55,8 @@ pub struct Committing {
     pub records: Vec<Record>,
     /// Attributes that it sets.
     pub attrs: Option<Pending>,
+    /// The session has changed since it was sent: it may have happened, and others may have come after it.
+    pub expired: bool,
 }
 
 /// Everything about an inode with bytes that are not committed.
@@ -92,6 +94,8 @@ pub struct Inode {
     pub attr: Option<Attr>,
     /// Why bytes were dropped; not reported yet.
     pub error: Option<FsError>,
+    /// Reported to a sync of everything, but not to who wrote them.
+    pub told_sync: bool,
     /// When it last made progress: its first byte came, or a commit.
     pub progress_at: Duration,
 }
@@ -117,6 +121,7 @@ impl Inode {
             kill_priv: false,
             attr: None,
             error: None,
+            told_sync: false,
             progress_at: now,
         }
     }

@@ -37,6 +37,8 @@ struct World {
     /// positive when it is a write's.
     times: HashMap<InodeNo, i64>,
     due_times: HashMap<InodeNo, i64>,
+    /// Whose attributes were on their way when the session ended.
+    unsure: std::collections::HashSet<InodeNo>,
     next_time: i64,
     capacity: u64,
     refuse: bool,
@@ -69,6 +71,7 @@ impl World {
             lost: Vec::new(),
             times: HashMap::new(),
             due_times: HashMap::new(),
+            unsure: std::collections::HashSet::new(),
             next_time: 0,
             capacity,
             refuse: false,
@@ -359,6 +362,8 @@ proptest! {
                 Event::Tick(millis) => world.tick(millis),
                 Event::Session => {
                     for chunk in world.chunks.values_mut() { chunk.fenced = true; }
+                    let setting = world.commits.iter().filter(|(_, _, commit)| commit.set.is_some());
+                    world.unsure.extend(setting.map(|(ino, ..)| *ino));
                     world.core.session_changed(world.now);
                     world.act();
                 }
@@ -373,7 +378,9 @@ proptest! {
         for (ino, bytes) in &written {
             prop_assert_eq!(&world.committed[ino], bytes);
         }
-        prop_assert!(world.lost.is_empty());
+        prop_assert!(world.lost.iter().all(|error| error.code == ErrorCode::ErrorIo && !world.unsure.is_empty()));
+        world.times.retain(|ino, _| !world.unsure.contains(ino));
+        world.due_times.retain(|ino, _| !world.unsure.contains(ino));
         prop_assert_eq!(world.times, world.due_times);
     }
 }
@@ -437,10 +444,13 @@ fn attributes_that_are_refused_are_reported_and_the_bytes_go_without_them() {
         world.lost.clear();
     }
     // Reported to somebody who could tell nobody.
-    world.core.keep_error(InodeNo(1), ErrorCode::ErrorIo.into(), world.now);
+    world.core.keep_error(InodeNo(1), ErrorCode::ErrorIo.into(), false, world.now);
     assert_eq!(world.core.dirty_inodes(), [InodeNo(1)]);
     assert!(world.core.flush(InodeNo(1), world.now).is_err());
     assert!(world.core.flush(InodeNo(1), world.now).is_ok() && world.core.dirty_inodes().is_empty());
+    // A sync of everything was told of it: not again, but the writer is.
+    world.core.keep_error(InodeNo(1), ErrorCode::ErrorIo.into(), true, world.now);
+    assert!(world.core.dirty_inodes().is_empty() && world.core.flush(InodeNo(1), world.now).is_err());
 }
 
 #[test]

@@ -135,11 +135,10 @@ impl Inner {
             tables.leaving = Arc::new(std::mem::take(&mut tables.active));
             Arc::clone(&tables.leaving)
         };
-        if let Err(error) = self.store.apply(&leaving) {
-            // `leaving` stays where readers see it.
-            self.failed.store(true, Ordering::Release);
-            return Err(error);
-        }
+        // Until it is known to have gone well: sled may panic. `leaving` stays where readers see it then.
+        self.failed.store(true, Ordering::Release);
+        self.store.apply(&leaving)?;
+        self.failed.store(false, Ordering::Release);
         let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
         tables.leaving = Arc::default();
         Ok(())

@@ -26,7 +26,7 @@ use fuser::{
     ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs,
     ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use state::{TTL, ask_kernel};
+use state::ask_kernel;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -68,7 +68,12 @@ impl Filesystem for Dfs {
             };
             match known {
                 Ok((attr, ttl)) => answer.entry(&fs, Ok(attr), ttl).await,
-                Err(error) if error.code == ErrorCode::ErrorNotFound && fresh => answer.absent(&TTL),
+                Err(error) if error.code == ErrorCode::ErrorNotFound && fresh => {
+                    match client.cached_absence(parent, &child) {
+                        Some(ttl) => answer.absent(&ttl),
+                        None => answer.fail(&error),
+                    }
+                }
                 Err(error) => answer.fail(&error),
             }
         });
