@@ -135,10 +135,10 @@ impl Inner {
             tables.leaving = Arc::new(std::mem::take(&mut tables.active));
             Arc::clone(&tables.leaving)
         };
-        // Until it is known to have gone well: sled may panic. `leaving` stays where readers see it then.
-        self.failed.store(true, Ordering::Release);
+        // sled may panic. Whatever goes wrong, `leaving` stays where readers see it.
+        let fails = FailsUnlessForgotten(&self.failed);
         self.store.apply(&leaving)?;
-        self.failed.store(false, Ordering::Release);
+        std::mem::forget(fails);
         let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
         tables.leaving = Arc::default();
         Ok(())
@@ -154,6 +154,14 @@ impl Inner {
     fn read<T>(&self, read: impl FnOnce(Over<'_>) -> io::Result<T>) -> io::Result<T> {
         let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
         read(Over { layers: &[&tables.active, &tables.leaving], base: &self.store })
+    }
+}
+
+struct FailsUnlessForgotten<'f>(&'f AtomicBool);
+
+impl Drop for FailsUnlessForgotten<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 
