@@ -289,6 +289,7 @@ mod tests {
         kv.close().unwrap();
         assert_eq!(kv.get(&[255]).unwrap_err().kind(), io::ErrorKind::NotConnected);
         drop(kv);
+        wait_for_sled(dir.path());
         let kv = open(dir.path());
         assert_eq!(kv.get(&[255]).unwrap(), Some(2_999_u32.to_be_bytes().to_vec()));
         for number in 3_000..6_000_u32 {
