@@ -5,7 +5,7 @@ use super::attrs::{AttrSet, Pending};
 use super::chunk::{OpenChunk, Pool};
 use super::commit;
 use super::inode::{Committing, Inode, Record};
-use super::{Action, CommitId, Policy, Settings, WaiterId};
+use super::{Action, CommitId, Policy, RunNo, Settings, WaiterId};
 use bytes::Bytes;
 use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::{COMMIT_SLICES_MAX, FILE_SIZE_MAX};
@@ -232,8 +232,7 @@ impl Core {
         now: Duration,
     ) -> bool {
         let Some(inode) = self.inodes.get_mut(&ino).filter(|inode| !inode.is_clean()) else { return false };
-        let setting = inode.committing.as_ref().and_then(|commit| commit.attrs.as_ref());
-        if setting.into_iter().chain(&inode.attrs).any(|attrs| attrs.cred != *cred) {
+        if inode.attrs_unsettled().any(|attrs| attrs.cred != *cred) {
             return false;
         }
         // Whoever waits for what was set before would wait for this and for the bytes in between, and so on for ever.
@@ -299,10 +298,7 @@ impl Core {
     pub fn discard(&mut self, ino: InodeNo, now: Duration) {
         self.policies.pop(&ino);
         if let Some(inode) = self.drop_bytes(ino) {
-            let attr = inode.attr;
-            self.actions.extend(
-                inode.waiters.into_iter().map(|(_, waiter)| Action::Wake { waiter, result: Ok(attr) }),
-            );
+            self.wake_all(inode.waiters, &Ok(inode.attr));
         }
         self.dispatch(now);
     }
@@ -328,9 +324,12 @@ impl Core {
         if inode.waiters.is_empty() {
             self.inode(ino, now).error = Some(error.clone());
         }
-        self.actions.extend(
-            inode.waiters.into_iter().map(|(_, waiter)| Action::Wake { waiter, result: Err(error.clone()) }),
-        );
+        self.wake_all(inode.waiters, &Err(error.clone()));
+    }
+
+    fn wake_all(&mut self, waiters: Vec<(RunNo, WaiterId)>, result: &FsResult<Option<Attr>>) {
+        let woken = waiters.into_iter().map(|(_, waiter)| Action::Wake { waiter, result: result.clone() });
+        self.actions.extend(woken);
     }
 
     /// Commits an inode's oldest records if they are wanted and on disk, and attributes that were set after all others;
@@ -430,9 +429,7 @@ impl Core {
         if waiters.is_empty() {
             inode.error.get_or_insert_with(|| error.clone());
         }
-        self.actions.extend(
-            waiters.into_iter().map(|(_, waiter)| Action::Wake { waiter, result: Err(error.clone()) }),
-        );
+        self.wake_all(waiters, &Err(error.clone()));
     }
 
     /// A commit did not happen: what it held waits again, older than everything else.
@@ -567,7 +564,7 @@ impl Core {
             used += queued;
             assert_eq!(inode.in_line, self.line.contains(ino));
             assert!(inode.in_line || inode.queued.is_empty(), "{ino} waits outside the line");
-            let mut last = super::RunNo(0);
+            let mut last = RunNo(0);
             let committing = inode.committing.iter().flat_map(|commit| &commit.records);
             for record in committing.clone().chain(&inode.sent) {
                 assert!(record.run >= last, "records of {ino} stand in order");

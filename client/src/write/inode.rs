@@ -142,11 +142,15 @@ impl Inode {
     #[must_use]
     pub fn oldest_run(&self) -> Option<RunNo> {
         let committing = self.committing.as_ref().and_then(|commit| commit.records.first());
-        let records = committing.or(self.sent.front()).map(|record| record.run);
-        let bytes = records.or_else(|| self.queued.front().map(|run| run.no));
-        let setting = self.committing.as_ref().and_then(|commit| commit.attrs.as_ref());
-        let attrs = setting.or(self.attrs.as_ref()).map(|attrs| attrs.run);
+        let bytes = committing.map(|record| record.run).or_else(|| self.oldest_bytes());
+        let attrs = self.attrs_unsettled().next().map(|attrs| attrs.run);
         bytes.into_iter().chain(attrs).min()
+    }
+
+    /// Attributes that are set but not committed: those in a commit, then those that came later.
+    pub fn attrs_unsettled(&self) -> impl Iterator<Item = &Pending> {
+        let setting = self.committing.as_ref().and_then(|commit| commit.attrs.as_ref());
+        setting.into_iter().chain(&self.attrs)
     }
 
     /// The oldest run of bytes that no commit names yet.
@@ -165,12 +169,11 @@ impl Inode {
     /// What programs set and is not committed.
     #[must_use]
     pub fn attrs_shown(&self) -> Option<(AttrSet, Timestamp)> {
-        let setting = self.committing.as_ref().and_then(|commit| commit.attrs.as_ref());
-        let mut shown = setting.or(self.attrs.as_ref())?.clone();
-        if let (Some(_), Some(later)) = (setting, &self.attrs) {
-            shown.then(later);
-        }
-        Some((shown.set, shown.ctime))
+        let all = self.attrs_unsettled().map(|attrs| (attrs.set, attrs.ctime));
+        all.reduce(|(mut set, _), (later, ctime)| {
+            set.then(later);
+            (set, ctime)
+        })
     }
 
     /// When the oldest run that nobody has asked to be committed yet was written.
