@@ -38,7 +38,7 @@ impl Chunk {
             self.create(&mut state, epoch, ByteLen(0), None)?;
         } else if epoch > state.epoch {
             let record = self.mark(&state, RecordKind::Epoch, epoch).encode();
-            self.write(&[IoSlice::new(&record)], state.position)?;
+            self.write(&[IoSlice::new(&record)], state.position, false)?;
             let mut now = lock(&self.state);
             now.position = state.position + record.len() as u64;
             now.epoch = epoch;
@@ -159,7 +159,7 @@ impl Chunk {
     /// Writes the Seal record and the footer after everything that is there.
     fn write_seal(&self, state: &State, file: &Arc<dyn DiskFile>, epoch: Epoch) -> FsResult<()> {
         let record = self.mark(state, RecordKind::Seal, epoch);
-        self.write(&[IoSlice::new(&record.encode())], state.position)?;
+        self.write(&[IoSlice::new(&record.encode())], state.position, false)?;
         let Some((dir, path)) = &state.place else {
             return Err(self.error(ErrorCode::ErrorIo, "it has no place"));
         };

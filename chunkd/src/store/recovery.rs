@@ -2,7 +2,8 @@
 //!
 //! The scan stops at the first byte that is no valid record in its place.
 //!
-//! * Nothing valid after it: a torn tail, written but never synced when the power went. It is cut.
+//! * Nothing valid after it: zeroes that an append wrote ahead, or a torn tail, written but never synced when the power
+//!   went. It is cut.
 //! * Valid records after it: nothing is cut. The records before it count, the file takes no more appends. When a later
 //!   record was written after bytes beyond the gap had been synced, the gap is *damage* (a flipped bit, a lost block),
 //!   and is reported; otherwise blocks of an unsynced tail merely reached the disk out of order. A seal at or below the
@@ -290,9 +291,10 @@ impl<'a> Scan<'a> {
             };
             (Condition::Damaged { proven }, file_len, Some(what))
         } else if torn > 0 {
+            let ahead = self.window.is_zero_from(self.position)?;
             durable::cut(file, self.position)?;
-            let what = format!("a torn tail of {torn} bytes was cut at chunk offset {}", self.length);
-            (Condition::Open, self.position, Some(what))
+            let what = || format!("a torn tail of {torn} bytes was cut at chunk offset {}", self.length);
+            (Condition::Open, self.position, (!ahead).then(what))
         } else {
             (Condition::Open, self.position, None)
         };
@@ -343,6 +345,18 @@ impl Window<'_> {
         let from = usize::try_from(position - self.base).map_err(io::Error::other)?;
         let to = usize::try_from(end.max(position) - self.base).map_err(io::Error::other)?;
         Ok(&self.bytes[from.min(to)..to])
+    }
+
+    /// Whether nothing but zeroes stands from `position` on.
+    fn is_zero_from(&mut self, mut position: u64) -> io::Result<bool> {
+        while position < self.file_len {
+            let bytes = self.bytes(position, RECORD_MAX)?;
+            if bytes.iter().any(|byte| *byte != 0) {
+                return Ok(false);
+            }
+            position += bytes.len() as u64;
+        }
+        Ok(true)
     }
 
     /// The valid record at `position`; `whole`: its payload must be there and match too.

@@ -258,6 +258,52 @@ async fn full_means_no_space_and_nothing_is_lost() {
 }
 
 #[tokio::test]
+async fn small_appends_find_zeroes_written_ahead_and_nothing_of_them_stays() {
+    let disk = TestDisk::default();
+    let store = open(&disk).await;
+    let file_len = |disk: &TestDisk| disk.content(&path()).expect("there").len();
+    build(&store, &[100], true).await;
+    let ahead = file_len(&disk);
+    assert!(ahead > 200_000, "{ahead}");
+    let lengths = [100, 30_000, 1, 4_096];
+    for entry in &entries(&lengths)[1..] {
+        add(&store, 1, entry.offset, entry.length as usize, true).await.expect("appended");
+        assert_eq!(file_len(&disk), ahead, "an append over zeroes changes no length");
+    }
+    // A start takes what is left of them for what they are.
+    drop(store);
+    let end = usize::try_from(entries(&lengths).last().expect("some").end_position()).expect("small");
+    let Opened::Chunk(found) = recovery::open(&disk, &path(), ID, cluster_bytes("cluster")).expect("opened")
+    else {
+        panic!("not a chunk")
+    };
+    assert_eq!((found.condition, found.remark, found.position), (Condition::Open, None, end as u64));
+    assert_eq!(file_len(&disk), end);
+    // Streams bring no zeroes, and cut none off.
+    let store = open(&disk).await;
+    add(&store, 1, found.length, 1 << 20, false).await.expect("appended");
+    let length = found.length + (1 << 20);
+    assert!(file_len(&disk) < end + (1 << 20) + 2_000);
+    add(&store, 1, length, 10, true).await.expect("appended");
+    let before = file_len(&disk);
+    let used = store.0.dirs.totals().used_bytes;
+    store.order(ID, ChunkOrder::Seal { epoch: Epoch(2), length: length + 10 }).await.expect("sealed");
+    assert!(file_len(&disk) + 200_000 < before, "a seal leaves no zeroes");
+    assert_eq!(used - store.0.dirs.totals().used_bytes, (before - file_len(&disk)) as u64);
+    assert_eq!(read(&store, 0, 100).await.expect("read"), payload(0, 100));
+}
+
+#[tokio::test]
+async fn zeroes_are_not_what_fills_a_disk() {
+    let disk = TestDisk::default();
+    let store = store_of(&disk, Some(120_000), &["/a"]).await;
+    for at in 0..25 {
+        add(&store, 1, at * 4_000, 4_000, true).await.expect("there is room for the bytes");
+    }
+    assert!(disk.content(&path()).expect("there").len() < 120_000);
+}
+
+#[tokio::test]
 async fn a_failed_directory_is_left_and_the_others_go_on() {
     let disk = TestDisk::default();
     let store = store_of(&disk, None, &["/a", "/b"]).await;
