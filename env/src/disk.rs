@@ -91,6 +91,14 @@ pub trait DiskFile: Send + Sync + 'static {
     /// Makes the bytes and the length durable (fdatasync).
     fn sync_data(&self) -> io::Result<()>;
 
+    /// Adds exactly `length` bytes at `offset` to a buffer; `UnexpectedEof` when the file ends before, and then the buffer
+    /// is as it was.
+    fn append_exact_at(&self, buffer: &mut Vec<u8>, length: usize, offset: u64) -> io::Result<()> {
+        let before = buffer.len();
+        buffer.resize(before + length, 0);
+        self.read_exact_at(&mut buffer[before..], offset).inspect_err(|_| buffer.truncate(before))
+    }
+
     /// Fills the buffer; `UnexpectedEof` when the file ends before.
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let mut done = 0;
@@ -178,6 +186,36 @@ impl DiskFile for RealFile {
         }
     }
 
+    /// Into memory that was not zeroed before: for a long buffer jemalloc would ask the kernel for zeroed pages, and the
+    /// page faults cost more than the read.
+    fn append_exact_at(&self, buffer: &mut Vec<u8>, length: usize, offset: u64) -> io::Result<()> {
+        use std::os::fd::AsRawFd;
+        let before = buffer.len();
+        buffer.reserve(length);
+        let mut done = 0;
+        while done < length {
+            let room = &mut buffer.spare_capacity_mut()[..length - done];
+            let at = libc::off_t::try_from(offset + done as u64).map_err(io::Error::other)?;
+            // SAFETY: the kernel writes at most `room.len()` bytes to memory that is the buffer's.
+            let read = unsafe { libc::pread(self.0.as_raw_fd(), room.as_mut_ptr().cast(), room.len(), at) };
+            let error = match usize::try_from(read) {
+                Ok(0) => io::ErrorKind::UnexpectedEof.into(),
+                Ok(read) => {
+                    done += read;
+                    // SAFETY: the kernel has written this many bytes right after those that were there.
+                    unsafe { buffer.set_len(before + done) };
+                    continue;
+                }
+                Err(_) => io::Error::last_os_error(),
+            };
+            if error.kind() != io::ErrorKind::Interrupted {
+                buffer.truncate(before);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.0.write_all_at(bytes, offset)
     }
@@ -234,6 +272,19 @@ mod tests {
         assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
         drop(held);
         RealDisk.lock(&path).expect("free again");
+    }
+
+    #[test]
+    fn bytes_are_added_to_a_buffer_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let file = RealDisk.open(&dir.path().join("a"), OpenMode::CreateNew).expect("new");
+        file.write_all_at(b"0123456789", 0).expect("written");
+        let mut buffer = b"ab".to_vec();
+        file.append_exact_at(&mut buffer, 3, 4).expect("there");
+        file.append_exact_at(&mut buffer, 0, 400).expect("nothing");
+        assert_eq!(buffer, b"ab456");
+        let short = file.append_exact_at(&mut buffer, 3, 8).expect_err("two are there");
+        assert_eq!((short.kind(), &buffer[..]), (io::ErrorKind::UnexpectedEof, &b"ab456"[..]));
     }
 
     #[test]

@@ -70,13 +70,13 @@ impl Chunk {
         };
         let start = first.entry.offset + first.payload.start as u64;
         let mut units = Vec::new();
-        let mut data = vec![0; wanted.iter().map(|part| part.payload.len()).sum()];
-        let mut rest = data.as_mut_slice();
+        let mut data = Vec::with_capacity(wanted.iter().map(|part| part.payload.len()).sum());
         if wanted.len() > SPAN_RECORDS {
             let from = first.entry.position;
             let span = last.entry.payload_position() + last.payload.end as u64 - from;
-            let mut bytes = vec![0; usize::try_from(span).map_err(|_| self.corrupt(offset, "its index"))?];
-            file.read_exact_at(&mut bytes, from).map_err(|error| self.unreadable(offset, &error))?;
+            let span = usize::try_from(span).map_err(|_| self.corrupt(offset, "its index"))?;
+            let mut bytes = Vec::new();
+            file.append_exact_at(&mut bytes, span, from).map_err(|error| self.unreadable(offset, &error))?;
             for part in &wanted {
                 let outside = || self.corrupt(part.entry.offset, "its place in the index");
                 let at = part.entry.position.checked_sub(from).and_then(|at| usize::try_from(at).ok());
@@ -85,17 +85,14 @@ impl Chunk {
                 let header = bytes.get(at..payload).ok_or_else(outside)?;
                 part.add_units(&self.parse_header(header, &part.entry)?, &mut units);
                 let found = bytes.get(payload + part.payload.start..payload + part.payload.end);
-                let (head, tail) = rest.split_at_mut(part.payload.len());
-                head.copy_from_slice(found.ok_or_else(outside)?);
-                rest = tail;
+                data.extend_from_slice(found.ok_or_else(outside)?);
             }
         } else {
             for part in &wanted {
                 part.add_units(&self.read_header(&*file, &part.entry)?, &mut units);
-                let (head, tail) = rest.split_at_mut(part.payload.len());
-                file.read_exact_at(head, part.entry.payload_position() + part.payload.start as u64)
+                let from = part.entry.payload_position() + part.payload.start as u64;
+                file.append_exact_at(&mut data, part.payload.len(), from)
                     .map_err(|error| self.unreadable(part.entry.offset, &error))?;
-                rest = tail;
             }
         }
         Ok(Piece { start, units, data: Bytes::from(data) })

@@ -261,7 +261,7 @@ impl Reader {
     ) -> FsResult<Bytes> {
         let len = usize::try_from(range.end - range.start)
             .map_err(|_| FsError::new(ErrorCode::ErrorInvalid, "a read is longer than memory"))?;
-        let mut data = BytesMut::zeroed(len);
+        let mut data = BytesMut::with_capacity(len);
         let used = || {
             segments.iter().filter_map(|segment| {
                 let part = segment.offset..segment.offset + segment.length;
@@ -286,8 +286,11 @@ impl Reader {
             .buffered(PARTS_AT_ONCE);
         while let Some(fetched) = fetched.next().await {
             let (at, bytes) = fetched?;
-            data[at..at + bytes.len()].copy_from_slice(&bytes);
+            // What lies between two parts is a hole.
+            data.resize(at, 0);
+            data.extend_from_slice(&bytes);
         }
+        data.resize(len, 0);
         Ok(data.freeze())
     }
 
