@@ -7,6 +7,7 @@
 
 use bytes::Bytes;
 use dfs_proto::InodeNo;
+use dfs_proto::limits::NAME_MAX;
 use lru::LruCache;
 use std::collections::HashSet;
 use std::num::NonZeroUsize;
@@ -54,9 +55,13 @@ impl WholeDirs {
         self.0.pop(&dir);
     }
 
-    /// Until when it may be believed that a directory has no such name, if that is known.
+    /// Until when it may be believed that a directory has no such name, if that is known. A name that no directory can have
+    /// is the master's to refuse.
     #[must_use]
     pub fn lacks(&mut self, dir: InodeNo, name: &[u8]) -> Option<Instant> {
+        if name.len() > NAME_MAX {
+            return None;
+        }
         let whole = self.0.get(&dir)?;
         (!whole.names.contains(name)).then_some(whole.until)
     }
@@ -79,6 +84,10 @@ mod tests {
         dirs.made(dir, 1, now);
         dirs.added(dir, &name("a"), 2, later);
         assert_eq!((dirs.lacks(dir, b"a"), dirs.lacks(dir, b"b")), (None, Some(later)));
+        assert_eq!(
+            (dirs.lacks(dir, &[b'n'; NAME_MAX]), dirs.lacks(dir, &[b'n'; NAME_MAX + 1])),
+            (Some(later), None)
+        );
         // Version 3 was somebody else's doing.
         dirs.added(dir, &name("b"), 4, later);
         assert_eq!(dirs.lacks(dir, b"c"), None);

@@ -53,7 +53,12 @@ impl Client {
     pub async fn getattr(&self, ino: InodeNo) -> FsResult<Attr> {
         match self.cached_attr(ino) {
             Some((attr, _)) => Ok(attr),
-            None => self.inner.ask_attr(ino, 0).await,
+            None => match self.inner.ask_attr(ino, 0).await {
+                Err(error) if error.code == ErrorCode::ErrorStale => {
+                    self.inner.remains.attr(ino).ok_or(error)
+                }
+                asked => asked,
+            },
         }
     }
 
@@ -68,7 +73,7 @@ impl Client {
     /// Changes attributes; a size cuts or extends the file. Mode, owner and times of a file with bytes that are not
     /// committed go to the master together with the bytes; before other changes the bytes are flushed.
     ///
-    /// Clearing set-user-id, set-group-id and capabilities, as chown and an unprivileged truncate do, is decided here.
+    /// Clearing set-user-id, set-group-id and capabilities, as an unprivileged truncate does, is decided here.
     ///
     /// # Errors
     /// ErrorNotPermitted, ErrorAccess, ErrorFileTooBig, ErrorInvalid, and those of a flush.
@@ -82,7 +87,7 @@ impl Client {
         if change.atime.is_some() || change.atime_now {
             self.inner.atimes.forget(ino);
         }
-        if change.uid.is_some() || change.gid.is_some() || (change.size.is_some() && cred.uid != 0) {
+        if change.size.is_some() && cred.uid != 0 {
             change.kill_priv = true;
         }
         let resized = change.size.is_some();
@@ -101,7 +106,10 @@ impl Client {
             }
             Err(error) => {
                 self.inner.cache.forget_attr(ino);
-                Err(error)
+                let gone = error.code == ErrorCode::ErrorStale;
+                let changed =
+                    if gone { self.inner.remains.change(&change, self.inner.master.now()) } else { None };
+                changed.ok_or(error)
             }
         }
     }
@@ -155,18 +163,19 @@ impl Inner {
                 attr.blocks += grown.div_ceil(512);
                 attr.size = dirty.end;
             }
-            let newest = |time: &mut Option<Timestamp>, seen: Timestamp| {
-                if time.is_none_or(|time| time.key() < seen.key()) {
-                    *time = Some(seen);
+            let mut changed = |seen: Timestamp| {
+                if attr.ctime.is_none_or(|time| time.key() < seen.key()) {
+                    attr.ctime = Some(seen);
                 }
             };
             if dirty.end > 0 {
-                newest(&mut attr.mtime, dirty.mtime);
-                newest(&mut attr.ctime, dirty.mtime);
+                changed(dirty.mtime);
+                // Also where a program had set a time to come.
+                attr.mtime = Some(dirty.mtime);
             }
             if let Some((set, ctime)) = dirty.set {
+                changed(ctime);
                 set.show(&mut attr);
-                newest(&mut attr.ctime, ctime);
             }
         }
         self.with_atime(attr)

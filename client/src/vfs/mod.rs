@@ -14,6 +14,7 @@ mod files;
 mod locks;
 mod namespace;
 mod observer;
+mod remains;
 mod resolve;
 mod statfs;
 mod xattr;
@@ -34,6 +35,7 @@ use dfs_proto::v1::{self, Attr, Cred, ErrorCode};
 use dfs_proto::{FsError, FsResult, InodeNo, SessionId};
 use files::Files;
 use observer::Observer;
+use remains::Remains;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -58,6 +60,7 @@ struct Inner {
     pub files: Files,
     pub atimes: Atimes,
     pub background: Background,
+    pub remains: Remains,
 }
 
 impl Client {
@@ -95,6 +98,7 @@ impl Client {
                 files: Files::default(),
                 atimes: Atimes::default(),
                 background: Background::default(),
+                remains: Remains::default(),
             }),
         };
         client.start_touching();

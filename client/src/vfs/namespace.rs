@@ -268,6 +268,7 @@ impl Inner {
     /// opens need not be written.
     fn learn_linked(&self, attr: &Attr) {
         self.cache.learn(attr);
+        self.remains.keep(attr);
         let ino = InodeNo(attr.ino);
         if attr.nlink == 0 && attr.kind == v1::Kind::File as i32 && !self.files.unlinked(ino) {
             self.data.discard(ino);

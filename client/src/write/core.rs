@@ -355,12 +355,15 @@ impl Core {
         self.next_id += 1;
         let id = CommitId(self.next_id);
         let kill_priv = std::mem::take(&mut inode.kill_priv);
+        let written = (!records.is_empty()).then_some(inode.mtime);
+        let set_at = attrs.as_ref().map(|attrs| attrs.ctime);
         let commit = v1::Commit {
             ino: ino.get(),
             slices: commit::slices(&records),
             mtime: Some(inode.mtime),
             kill_priv,
             set: attrs.as_ref().map(|attrs| attrs.set.change()),
+            ctime: written.into_iter().chain(set_at).max_by_key(|time| (time.seconds, time.nanos)),
         };
         let cred = attrs.as_ref().map_or_else(Cred::default, |attrs| attrs.cred.clone());
         inode.committing = Some(Committing { id, kill_priv, records, attrs, expired: false });

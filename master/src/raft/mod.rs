@@ -10,6 +10,8 @@ mod codec;
 mod confirm;
 mod disk_log;
 mod export;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod identity;
 mod joining;
 mod log;

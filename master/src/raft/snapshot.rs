@@ -47,6 +47,11 @@ impl SnapshotData {
         Self(Source::Memory(Bytes::new()))
     }
 
+    #[cfg(fuzzing)]
+    pub fn memory(bytes: Bytes) -> Self {
+        Self(Source::Memory(bytes))
+    }
+
     /// Up to `length` bytes from `offset`; empty at the end.
     ///
     /// # Errors

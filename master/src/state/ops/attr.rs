@@ -64,7 +64,7 @@ fn set_mode_and_owner(
     inode: &mut Inode,
     op: &v1::SetAttr,
 ) -> OpResult<()> {
-    if op.kill_priv || (chowns(op) && !inode.is_dir()) {
+    if (op.kill_priv || chowns(op)) && !inode.is_dir() {
         drop_privileges(s, by, inode)?;
     }
     inode.attr.uid = op.uid.unwrap_or(inode.attr.uid);

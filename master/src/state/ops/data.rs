@@ -6,7 +6,7 @@ use crate::state::keys;
 use crate::state::rows::{FLAG_APPEND, FLAG_IMMUTABLE, Inode, OpResult, corrupt, refused};
 use dfs_proto::limits::{COMMIT_SLICES_MAX, FILE_SIZE_MAX, LAYOUT_SLICES_MAX};
 use dfs_proto::v1::chunk_state::Phase;
-use dfs_proto::v1::{self, ChunkState, CommitSlice, ErrorCode, Kind, SliceRow, answer::Body};
+use dfs_proto::v1::{self, ChunkState, CommitSlice, ErrorCode, Kind, SliceRow, Timestamp, answer::Body};
 use dfs_proto::{ByteLen, ByteOffset, ChunkId, InodeNo};
 
 fn file(s: &State<'_>, ino: u64) -> OpResult<Inode> {
@@ -43,15 +43,20 @@ pub fn commit(s: &mut State<'_>, by: &Caller<'_>, op: &v1::Commit) -> OpResult<B
     if op.kill_priv {
         attr::drop_privileges(s, by, &mut inode)?;
     }
+    // Times by the client's idea of the master's clock, which may be ahead.
+    let now = s.now;
+    let past = |time: Option<Timestamp>| {
+        time.filter(|time| time.nanos < 1_000_000_000 && time.key() <= now.key()).unwrap_or(now)
+    };
     if !op.slices.is_empty() || op.set.is_none() {
-        // The time of the write, by the client's idea of the master's clock, which may be ahead.
-        let written = op.mtime.filter(|mtime| mtime.nanos < 1_000_000_000 && mtime.key() <= s.now.key());
-        inode.attr.mtime = Some(written.unwrap_or(s.now));
+        inode.attr.mtime = Some(past(op.mtime));
     }
     if let Some(set) = &op.set {
         attr::set_with_bytes(s, by, &mut inode, set)?;
     }
-    inode.changed(s.now);
+    // Programs have seen it changed when they wrote, not when it was committed.
+    let (done, before) = (past(op.ctime), inode.attr.ctime.unwrap_or_default());
+    inode.changed(if done.key() > before.key() { done } else { before });
     s.tx.put_inode(&inode);
     Ok(entry(&inode, false))
 }

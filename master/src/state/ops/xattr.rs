@@ -151,7 +151,8 @@ pub fn remove(s: &mut State<'_>, by: &Caller<'_>, op: &v1::RemoveXattr) -> OpRes
     may_write(&s.tx, by.cred, &inode, space)?;
     let found = s.tx.delete_xattr(inode.ino(), &op.name)?;
     match space {
-        // Taking away an ACL that is not there is no error on Linux: the mode is one, too.
+        // No error on Linux, the mode is one, too; and nothing has changed.
+        Space::AccessAcl | Space::DefaultAcl if !found => return Ok(entry(&inode, false)),
         Space::AccessAcl => inode.attr.has_acl = false,
         Space::DefaultAcl => inode.attr.has_default_acl = false,
         Space::User | Space::Trusted | Space::Security if !found => return Err(ErrorCode::ErrorNoData.into()),
