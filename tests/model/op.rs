@@ -120,17 +120,23 @@ impl Op {
         }
     }
 
+    /// Whether it reads or writes an open file.
+    pub fn moves_bytes(&self) -> bool {
+        matches!(
+            self,
+            Self::Write { .. }
+                | Self::Pwrite { .. }
+                | Self::Read { .. }
+                | Self::Pread { .. }
+                | Self::CopyRange { .. }
+        )
+    }
+
     /// Whether times after it are the kernel's business: pages written through a mapping are stamped when they are
     /// written back, which each file system does in its own time.
     pub fn leaves_times_open(&self) -> bool {
         matches!(self, Self::MapWrite { .. })
     }
-}
-
-/// Which of a path's trees a lock may be taken in: a dfs mount keeps flock and fcntl locks in one space (as NFS does),
-/// ext4 in two, so no file gets both.
-pub fn is_for_flock(path: &str) -> bool {
-    path.ends_with('f')
 }
 
 fn name(rng: &mut StdRng) -> Path {
@@ -244,8 +250,9 @@ fn acl(rng: &mut StdRng) -> Vec<(u16, u16, u32)> {
     entries
 }
 
-/// Draws the next step of a process.
-pub fn draw(rng: &mut StdRng) -> Op {
+/// Draws the next step of a process. Locks are all of flock's kind or all of fcntl's: a dfs mount keeps both in one space
+/// (as NFS does), ext4 in two.
+pub fn draw(rng: &mut StdRng, flocks: bool) -> Op {
     let slot = rng.random_range(0..SLOTS);
     let seed = rng.random_range(1..255);
     match rng.random_range(0..118) {
@@ -327,22 +334,18 @@ pub fn draw(rng: &mut StdRng) -> Op {
         108 => Op::RemoveXattr { path: path(rng), name: xattr_name(rng) },
         109..=111 => Op::SetAcl { path: path(rng), default: rng.random(), entries: acl(rng) },
         112 => Op::RemoveAcl { path: path(rng), default: rng.random() },
-        113..=114 => Op::Lock {
-            slot,
-            kind: lock_kind(rng),
-            start: rng.random_range(0..100),
-            length: rng.random_range(0..100),
-        },
-        115 => Op::GetLock {
-            slot,
-            kind: lock_kind(rng),
-            start: rng.random_range(0..100),
-            length: rng.random_range(0..100),
-        },
-        116 => Op::Flock {
-            slot,
-            how: [libc::LOCK_SH, libc::LOCK_EX, libc::LOCK_UN][rng.random_range(0..3)] | libc::LOCK_NB,
-        },
+        113..=116 if flocks => {
+            let how = [libc::LOCK_SH, libc::LOCK_EX, libc::LOCK_UN][rng.random_range(0..3)];
+            Op::Flock { slot, how: how | libc::LOCK_NB }
+        }
+        range @ 113..=116 => {
+            let (kind, start, length) = (lock_kind(rng), rng.random_range(0..100), rng.random_range(0..100));
+            if range == 116 {
+                Op::GetLock { slot, kind, start, length }
+            } else {
+                Op::Lock { slot, kind, start, length }
+            }
+        }
         _ => Op::Umask { mask: [0, 0o022, 0o002, 0o077, 0o027][rng.random_range(0..5)] },
     }
 }
