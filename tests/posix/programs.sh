@@ -7,11 +7,11 @@ cd "$MNT"
 
 step "tar"
 mkdir tar
-tar -C "$WORK/tree" -cf - . | tar -C tar -xpf -
+tar -C "$WORK/tree" --format=posix -cf - . | tar -C tar -xpf -
 diff -r --no-dereference "$WORK/tree" tar
 diff <(cd "$WORK/tree" && find . -printf '%p %m %s %T@ %n %y\n' | sed 's/ \([0-9]* [0-9.]* \)[0-9]* d$/ dir/' | sort) \
      <(cd tar && find . -printf '%p %m %s %T@ %n %y\n' | sed 's/ \([0-9]* [0-9.]* \)[0-9]* d$/ dir/' | sort)
-tar -C tar --compare -f <(tar -C "$WORK/tree" -cf - .)
+tar -C tar --compare -f <(tar -C "$WORK/tree" --format=posix -cf - .)
 
 step "rsync"
 setfattr -n user.note -v "a value" "$WORK/tree/pkg1/mod1/file3.rs"

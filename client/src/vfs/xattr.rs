@@ -1,6 +1,6 @@
 //! Extended attributes.
 
-use super::{Client, entry, own_cred, unexpected};
+use super::{Client, entry, unexpected};
 use bytes::Bytes;
 use dfs_proto::v1::{self, Attr, Cred, ErrorCode, answer, mutation, query};
 use dfs_proto::{FsError, FsResult, InodeNo, limits};
@@ -54,13 +54,13 @@ impl Client {
         self.change_xattr(cred, ino, mutation::Op::SetXattr(change)).await
     }
 
-    /// The names of all extended attributes.
+    /// The names of the extended attributes that the caller may see: `trusted.*` is for root.
     ///
     /// # Errors
     /// The session's.
-    pub async fn listxattr(&self, ino: InodeNo) -> FsResult<Vec<Bytes>> {
+    pub async fn listxattr(&self, cred: &Cred, ino: InodeNo) -> FsResult<Vec<Bytes>> {
         let question = query::Op::ListXattr(v1::ListXattr { ino: ino.get() });
-        match self.inner.master.query(&own_cred(), question).await? {
+        match self.inner.master.query(cred, question).await? {
             answer::Body::Names(names) => Ok(names.names),
             other => Err(unexpected(&other)),
         }

@@ -489,9 +489,9 @@ impl Filesystem for Dfs {
     }
 
     fn listxattr(&self, request: &Request, node: fuser::INodeNo, room: u32, reply: ReplyXattr) {
-        let ino = self.inode(node);
+        let (ino, caller) = (self.inode(node), Caller::of(request));
         self.0.serve(request, reply, Patience::Killed, move |fs, answer| async move {
-            match fs.client.listxattr(ino).await {
+            match fs.client.listxattr(&caller.cred(), ino).await {
                 Ok(names) => {
                     let list: Vec<u8> =
                         names.iter().flat_map(|name| [name, &b"\0"[..]]).flatten().copied().collect();
