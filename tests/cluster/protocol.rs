@@ -1,7 +1,7 @@
 //! What a stranger gets who reaches the ports: real daemons over TCP, spoken to without the client library's good manners.
 
 use bytes::Bytes;
-use dfs_client::{Client, ClientConfig, Cred, InodeNo, OpenFlags};
+use dfs_client::{Client, ClientConfig, Cred, InodeNo, OpenFlags, Privileges};
 use dfs_env::Env;
 use dfs_env::rpc::{Tuning, connect};
 use dfs_proto::PROTOCOL_VERSION;
@@ -142,7 +142,7 @@ async fn nobody_reads_or_appends_without_the_masters_token() {
     };
     let flags = OpenFlags { write: true, ..OpenFlags::default() };
     let (entry, file) = client.create_open(&cred, what, flags).await.expect("created");
-    client.write(&file, 0, b"for root's eyes only").await.expect("written");
+    client.write(&file, 0, b"for root's eyes only", Privileges::Keep).await.expect("written");
     client.flush(&file).await.expect("flushed");
     let question = v1::GetSlices { ino: entry.attr.ino, offset: 0, length: 100, max_slices: 10 };
     let answer = client.master().query(&cred, v1::query::Op::GetSlices(question)).await.expect("a layout");

@@ -214,9 +214,21 @@ impl Side {
                 Op::Fchmod { slot, mode } => i64::from(libc::fchmod(self.fd(*slot), *mode)),
                 Op::Chown { path, uid, gid, follow } => {
                     let flags = if *follow { 0 } else { libc::AT_SYMLINK_NOFOLLOW };
-                    i64::from(libc::fchownat(libc::AT_FDCWD, bytes(path).as_ptr(), *uid, *gid, flags))
+                    let path = bytes(path);
+                    let mut stat: libc::stat = std::mem::zeroed();
+                    let there = libc::fstatat(libc::AT_FDCWD, path.as_ptr(), &raw mut stat, flags) == 0;
+                    if there && takes_privileges_of_others(&stat, *uid, *gid) {
+                        return 0;
+                    }
+                    i64::from(libc::fchownat(libc::AT_FDCWD, path.as_ptr(), *uid, *gid, flags))
                 }
-                Op::Fchown { slot, uid, gid } => i64::from(libc::fchown(self.fd(*slot), *uid, *gid)),
+                Op::Fchown { slot, uid, gid } => {
+                    if fstat(self.fd(*slot)).is_some_and(|stat| takes_privileges_of_others(&stat, *uid, *gid))
+                    {
+                        return 0;
+                    }
+                    i64::from(libc::fchown(self.fd(*slot), *uid, *gid))
+                }
                 Op::Utimens { path, atime, mtime, follow } => {
                     let flags = if *follow { 0 } else { libc::AT_SYMLINK_NOFOLLOW };
                     let (path, times) = (bytes(path), [timespec(*atime), timespec(*mtime)]);
@@ -436,6 +448,14 @@ impl Side {
         }
         i64::from(done)
     }
+}
+
+/// Whether a chown is one that FUSE does not tell from a write by somebody who may write but is not the owner: of -1 and
+/// -1, on a file that is set-user-id or set-group-id. A local file system refuses it, dfs does nothing.
+fn takes_privileges_of_others(stat: &libc::stat, uid: u32, gid: u32) -> bool {
+    // SAFETY: geteuid has no preconditions.
+    let caller = unsafe { libc::geteuid() };
+    caller != 0 && caller != stat.st_uid && (uid, gid) == (u32::MAX, u32::MAX) && stat.st_mode & 0o6000 != 0
 }
 
 /// What a call that fills a buffer gave.

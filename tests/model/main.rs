@@ -248,7 +248,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     let mut worked = 0_u64;
     for number in 0..arguments.operations {
         let who = rng.random_range(0..actors.len());
-        let op = draw(&mut rng, arguments.seed % 2 == 0);
+        let op = draw(&mut rng, arguments.seed.is_multiple_of(2));
         last.push_back(format!("{number}: uid {} {op:?}", USERS[who].0));
         if last.len() > 30 {
             last.pop_front();

@@ -5,7 +5,7 @@
 //! unlinks and renames of names that exist, appends whose bytes are all different. That is I6 as programs see it; the
 //! checker in `checkers/i6.rs` counts what the masters applied.
 
-use dfs_client::{Client, OpenFlags};
+use dfs_client::{Client, OpenFlags, Privileges};
 use dfs_proto::InodeNo;
 use dfs_proto::v1::{Attr, Create, Cred, Kind, SetAttr};
 use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
@@ -127,7 +127,7 @@ impl Workload {
         };
         let flags = OpenFlags { read: true, write: true, ..OpenFlags::default() };
         let (entry, file) = during("create", self.client.create_open(&self.cred, create, flags).await)?;
-        during("write", self.client.write(&file, 0, &bytes).await)?;
+        during("write", self.client.write(&file, 0, &bytes, Privileges::Keep).await)?;
         if bytes.len() >= STREAM {
             // Records are sent and nobody asks for a sync yet: a crash now has something to lose.
             tokio::time::sleep(std::time::Duration::from_millis(300)).await;
@@ -146,7 +146,7 @@ impl Workload {
         let file_ino = self.model[name].0;
         let flags = OpenFlags { read: true, write: true, ..OpenFlags::default() };
         let file = during("open", self.client.open(&self.cred, file_ino, flags).await)?;
-        during("write", self.client.write(&file, offset as u64, bytes).await)?;
+        during("write", self.client.write(&file, offset as u64, bytes, Privileges::Keep).await)?;
         during("flush", self.client.flush(&file).await)?;
         during("release", self.client.release(file).await)?;
         let content = &mut self.model.get_mut(name).expect("picked from the model").1;

@@ -8,7 +8,7 @@ use crate::remote::{Last, Remote};
 use crate::transfer::upload::fill;
 use crate::transfer::{Progress, STEP};
 use dfs_client::v1::{Create, Kind};
-use dfs_client::{InodeNo, OpenFile, OpenFlags};
+use dfs_client::{InodeNo, OpenFile, OpenFlags, Privileges};
 use serde_json::json;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -45,12 +45,17 @@ pub async fn run(context: &Context, args: Args) -> Result {
             progress.bar.set_message(format::name(path));
             let work = async {
                 let mut buffer = vec![0; STEP];
+                let privileges = Privileges::of_writer(&remote.cred);
                 loop {
                     let filled = fill(&mut input, &mut buffer).await.about(args.source.display())?;
                     if filled == 0 {
                         return remote.client.flush(&file).await.about(format::name(path));
                     }
-                    remote.client.append(&file, &buffer[..filled]).await.about(format::name(path))?;
+                    remote
+                        .client
+                        .append(&file, &buffer[..filled], privileges)
+                        .await
+                        .about(format::name(path))?;
                     progress.moved(filled as u64);
                 }
             };

@@ -7,7 +7,7 @@ use crate::error::{About, CliError};
 use crate::format;
 use crate::remote::{Place, Remote, join};
 use dfs_client::v1::{Attr, Create, Kind, SetAttr, Timestamp};
-use dfs_client::{InodeNo, OpenFile, OpenFlags};
+use dfs_client::{InodeNo, OpenFile, OpenFlags, Privileges};
 use dfs_env::Env;
 use futures::TryStreamExt;
 use std::fs::{File, Metadata};
@@ -73,13 +73,18 @@ impl Upload {
         }
         self.replace(place, mode, None, |open| async move {
             let mut buffer = vec![0; STEP];
+            let privileges = Privileges::of_writer(&self.remote.cred);
             let mut at = 0;
             loop {
                 let filled = fill(&mut input, &mut buffer).await.about("reading the input")?;
                 if filled == 0 {
                     return Ok(at);
                 }
-                self.remote.client.write(&open, at, &buffer[..filled]).await.about(place.shown())?;
+                self.remote
+                    .client
+                    .write(&open, at, &buffer[..filled], privileges)
+                    .await
+                    .about(place.shown())?;
                 at += filled as u64;
                 self.progress.moved(filled as u64);
             }
@@ -165,6 +170,7 @@ impl Upload {
     /// The data of a regular file, several pieces at a time.
     async fn pieces(&self, file: Arc<File>, local: &Path, size: u64, open: Arc<OpenFile>) -> Result<u64> {
         let data = ranges::local_data(&file, size).about(local.display())?;
+        let privileges = Privileges::of_writer(&self.remote.cred);
         futures::stream::iter(ranges::pieces(&data, PIECE).into_iter().map(Ok))
             .try_for_each_concurrent(PIECES_AT_ONCE, |piece| {
                 let (file, open) = (Arc::clone(&file), Arc::clone(&open));
@@ -179,7 +185,11 @@ impl Upload {
                                 "became shorter while it was read",
                             ));
                         }
-                        self.remote.client.write(&open, at, &block).await.about(local.display())?;
+                        self.remote
+                            .client
+                            .write(&open, at, &block, privileges)
+                            .await
+                            .about(local.display())?;
                         at += block.len() as u64;
                         self.progress.moved(block.len() as u64);
                     }

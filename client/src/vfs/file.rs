@@ -1,7 +1,7 @@
 //! open, read, write, append, flush, fsync, release.
 
 use super::attr::check_end;
-use super::{Client, Inner, OpenFile, OpenFlags, attr_of, own_cred, unexpected};
+use super::{Client, Inner, OpenFile, OpenFlags, Privileges, attr_of, own_cred, unexpected};
 use bytes::Bytes;
 use dfs_proto::v1::{self, Cred, ErrorCode, answer, hold};
 use dfs_proto::{FsError, FsResult, InodeNo};
@@ -34,7 +34,7 @@ impl Client {
             other => return Err(unexpected(&other)),
         };
         let state = inner.files.opened(ino);
-        let file = OpenFile::new(state, cred, flags);
+        let file = OpenFile::new(state, flags);
         let attr = match attr_of(opened.attr) {
             Ok(attr) => attr,
             Err(error) => {
@@ -75,14 +75,20 @@ impl Client {
     }
 
     /// Writes without waiting, if that is possible; `None`: call [`Client::write`] (or [`Client::append`]).
-    pub fn try_write(&self, file: &OpenFile, offset: u64, data: &[u8]) -> Option<FsResult<()>> {
-        if file.flags.append || file.flags.sync || self.inner.loses_privileges(file) {
+    pub fn try_write(
+        &self,
+        file: &OpenFile,
+        offset: u64,
+        data: &[u8],
+        privileges: Privileges,
+    ) -> Option<FsResult<()>> {
+        if file.flags.append || file.flags.sync || self.inner.loses_privileges(file, privileges) {
             return None;
         }
         if let Err(error) = check_writable(file).and_then(|()| check_end(offset, data.len() as u64)) {
             return Some(Err(error));
         }
-        self.inner.mark_written(file);
+        self.inner.mark_written(file, privileges);
         self.inner.data.try_write(file.ino, offset, data)
     }
 
@@ -91,18 +97,24 @@ impl Client {
     ///
     /// # Errors
     /// ErrorFileTooBig; ErrorNoSpace, ErrorIo, ErrorTimedOut, also of an earlier write in the background.
-    pub async fn write(&self, file: &OpenFile, offset: u64, data: &[u8]) -> FsResult<()> {
+    pub async fn write(
+        &self,
+        file: &OpenFile,
+        offset: u64,
+        data: &[u8],
+        privileges: Privileges,
+    ) -> FsResult<()> {
         if file.flags.append {
-            return self.append(file, data).await.map(drop);
+            return self.append(file, data, privileges).await.map(drop);
         }
-        self.inner.write_at(file, offset, data).await
+        self.inner.write_at(file, offset, data, privileges).await
     }
 
     /// Writes at the end of the file as it is at that moment, and answers where that was.
     ///
     /// # Errors
     /// As [`Client::write`].
-    pub async fn append(&self, file: &OpenFile, data: &[u8]) -> FsResult<u64> {
+    pub async fn append(&self, file: &OpenFile, data: &[u8], privileges: Privileges) -> FsResult<u64> {
         let _one_at_a_time = file.state.append.lock().await;
         // Without bytes of this client's own at the end, what is known may be older than another client's append.
         let attr = match self.inner.data.dirty(file.ino).filter(|dirty| dirty.end > 0) {
@@ -110,7 +122,7 @@ impl Client {
             None => self.inner.ask_attr(file.ino, 0).await?,
         };
         let offset = attr.size;
-        self.inner.write_at(file, offset, data).await?;
+        self.inner.write_at(file, offset, data, privileges).await?;
         Ok(offset)
     }
 
@@ -166,33 +178,38 @@ impl Client {
 }
 
 impl Inner {
-    async fn write_at(&self, file: &OpenFile, offset: u64, data: &[u8]) -> FsResult<()> {
+    async fn write_at(
+        &self,
+        file: &OpenFile,
+        offset: u64,
+        data: &[u8],
+        privileges: Privileges,
+    ) -> FsResult<()> {
         check_writable(file)?;
         check_end(offset, data.len() as u64)?;
-        let privileges = self.loses_privileges(file);
-        self.mark_written(file);
-        if privileges {
+        let loses = self.loses_privileges(file, privileges);
+        self.mark_written(file, privileges);
+        if loses {
             self.data.kill_priv(file.ino);
         }
         self.data.write(file.ino, offset, data).await?;
-        if privileges || file.flags.sync {
+        if loses || file.flags.sync {
             // The cleared bits must show at once, not when the bytes happen to be committed.
             self.data.flush(file.ino).await?;
         }
         Ok(())
     }
 
-    /// Whether a write through this file must clear set-user-id or set-group-id. The kernel says it per write, but the
-    /// FUSE library hides that: decided by who opened the file.
-    fn loses_privileges(&self, file: &OpenFile) -> bool {
+    /// Whether a write through this file must clear set-user-id or set-group-id.
+    fn loses_privileges(&self, file: &OpenFile, privileges: Privileges) -> bool {
         let known = || self.cache.last_attr(file.ino).map(|attr| self.overlaid(attr));
-        file.uid != 0 && known().is_some_and(|attr| attr.mode & PRIVILEGED != 0)
+        privileges == Privileges::Drop && known().is_some_and(|attr| attr.mode & PRIVILEGED != 0)
     }
 
-    /// The first write through an open of somebody but root also clears file capabilities, of which this client does
-    /// not know whether there are any.
-    fn mark_written(&self, file: &OpenFile) {
-        if file.uid != 0 && !file.wrote.swap(true, Ordering::Relaxed) {
+    /// The first write through an open that ends privileges says so with its bytes: what this client knows of them may
+    /// be old.
+    fn mark_written(&self, file: &OpenFile, privileges: Privileges) {
+        if privileges == Privileges::Drop && !file.dropped.swap(true, Ordering::Relaxed) {
             self.data.kill_priv(file.ino);
         }
     }

@@ -22,26 +22,40 @@ pub struct OpenFlags {
     pub sync: bool,
 }
 
+/// What a write does to set-user-id, set-group-id and file capabilities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Privileges {
+    /// A writer with CAP_FSETID, or pages of a shared mapping.
+    Keep,
+    /// Anybody else's write ends them.
+    Drop,
+}
+
+impl Privileges {
+    /// What a write by a process does.
+    #[must_use]
+    pub fn of_writer(cred: &Cred) -> Self {
+        if cred.uid == 0 { Self::Keep } else { Self::Drop }
+    }
+}
+
 /// An open file. Give it back with [`crate::Client::release`]: dropping it does not close it at the master.
 pub struct OpenFile {
     pub ino: InodeNo,
     pub flags: OpenFlags,
-    /// Who opened it: what it writes clears the set-user-id bit unless that was root.
-    pub uid: u32,
-    /// Whether anything was written through it yet.
-    pub(super) wrote: AtomicBool,
+    /// Whether a write through it has ended privileges yet.
+    pub(super) dropped: AtomicBool,
     pub(super) state: Arc<FileState>,
     /// Where the last reads were, for readahead.
     pub(super) read_state: ReadState,
 }
 
 impl OpenFile {
-    pub(super) fn new(state: Arc<FileState>, cred: &Cred, flags: OpenFlags) -> Arc<Self> {
+    pub(super) fn new(state: Arc<FileState>, flags: OpenFlags) -> Arc<Self> {
         Arc::new(Self {
             ino: state.ino,
             flags,
-            uid: cred.uid,
-            wrote: AtomicBool::new(false),
+            dropped: AtomicBool::new(false),
             state,
             read_state: ReadState::default(),
         })

@@ -20,7 +20,7 @@ mod statfs;
 mod xattr;
 
 pub use alloc::SeekKind;
-pub use files::{OpenFile, OpenFlags};
+pub use files::{OpenFile, OpenFlags, Privileges};
 pub use namespace::Entry;
 
 use crate::cache::Cache;

@@ -81,7 +81,7 @@ impl Client {
             let layout = v1::Layout { complete_to: u64::MAX, attr: Some(made.attr), ..v1::Layout::default() };
             self.inner.data.learn_layout(ino, &layout);
             self.inner.follow_policy(&made.attr);
-            return Ok((made, OpenFile::new(state, cred, flags)));
+            return Ok((made, OpenFile::new(state, flags)));
         }
         // Found, not made: creating did not check the right to open it. The open that the creation counted is given
         // back once the checked one is counted, so that the file cannot vanish in between.

@@ -29,7 +29,7 @@ impl AttrSet {
             atime: change.atime,
             mtime: change.mtime,
         };
-        let rest = SetAttr { ino: change.ino, kill_priv: change.kill_priv, ..set.change() };
+        let rest = SetAttr { ino: change.ino, ..set.change() };
         (rest == *change).then_some(set)
     }
 
@@ -110,6 +110,7 @@ mod tests {
         for other in [
             SetAttr { size: Some(0), ..change },
             SetAttr { mtime_now: true, ..change },
+            SetAttr { kill_priv: true, ..change },
             SetAttr { flags: Some(0), ..change },
             SetAttr { replicas: Some(2), ..change },
         ] {

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 /// Who asks.
 #[derive(Clone, Copy, Debug)]
 pub struct Caller {
-    uid: u32,
+    pub uid: u32,
     gid: u32,
     thread: u32,
 }

@@ -6,7 +6,7 @@ use super::state::Shared;
 use crate::inodes::Seen;
 use crate::killable::{Patience, Refuse};
 use bytes::Bytes;
-use dfs_client::{OpenFile, SeekKind};
+use dfs_client::{OpenFile, Privileges, SeekKind};
 use dfs_proto::v1::{self, Attr, ErrorCode};
 use dfs_proto::{FsError, FsResult, InodeNo};
 use fuser::{
@@ -19,6 +19,9 @@ use std::time::Instant;
 
 /// The most one copy_file_range answers for; the kernel takes 32 bits and asks again for the rest.
 const COPY_MAX: u64 = 1 << 31;
+
+/// Set-user-id and set-group-id.
+const PRIVILEGED: u32 = 0o6000;
 
 /// An open file.
 pub struct File {
@@ -108,12 +111,17 @@ impl Shared {
         };
         // Shared pages are written back through any handle, at their own place.
         let write_back = to.write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        let privileges = if to.write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
+            Privileges::Drop
+        } else {
+            Privileges::Keep
+        };
         let append = file.append && to.open_flags & libc::O_APPEND != 0 && !write_back;
         let written = u32::try_from(data.len()).expect("a write is below 16 MiB");
         self.inodes.wrote(file.open.ino);
         if !append {
             let _runtime = self.runtime.enter();
-            let now = AssertUnwindSafe(|| self.client.try_write(&file.open, to.offset, data));
+            let now = AssertUnwindSafe(|| self.client.try_write(&file.open, to.offset, data, privileges));
             match std::panic::catch_unwind(now) {
                 Ok(Some(Ok(()))) => return reply.written(written),
                 Ok(Some(Err(error))) => {
@@ -130,9 +138,9 @@ impl Shared {
         let data = Bytes::copy_from_slice(data);
         self.serve(request, reply, patience, move |fs, answer| async move {
             let done = if append {
-                fs.append(&file, to.offset, &data).await
+                fs.append(&file, to.offset, &data, privileges).await
             } else {
-                fs.client.write(&file.open, to.offset, &data).await
+                fs.client.write(&file.open, to.offset, &data, privileges).await
             };
             answer.give(done, |reply, ()| reply.written(written));
         });
@@ -140,8 +148,14 @@ impl Shared {
 
     /// Appends. The kernel has dropped its pages where it thought that the bytes go; when the file had grown elsewhere
     /// they went further on, and pages there would hide them.
-    async fn append(self: &Arc<Self>, file: &File, expected: u64, data: &[u8]) -> FsResult<()> {
-        let offset = self.client.append(&file.open, data).await?;
+    async fn append(
+        self: &Arc<Self>,
+        file: &File,
+        expected: u64,
+        data: &[u8],
+        privileges: Privileges,
+    ) -> FsResult<()> {
+        let offset = self.client.append(&file.open, data, privileges).await?;
         if offset != expected {
             let node = self.inodes.node(file.open.ino)?;
             let (fs, length) = (Arc::clone(self), data.len());
@@ -196,9 +210,26 @@ impl Shared {
     }
 
     pub async fn setattr(&self, caller: Caller, change: v1::SetAttr) -> FsResult<(Attr, Seen)> {
-        let attr = self.client.setattr(&caller.cred(), change).await?;
+        let attr = if change.kill_priv && self.goes_before_a_write(caller, &change).await? {
+            self.client.getattr(InodeNo(change.ino)).await?
+        } else {
+            self.client.setattr(&caller.cred(), change).await?
+        };
         let seen = self.inodes.changed(&attr, Instant::now());
         Ok((attr, seen))
+    }
+
+    /// Before a write that ends privileges the kernel says so in words that it also has for chown(2) with -1 twice, which
+    /// on a file with such privileges is the owner's. The write does it by itself: nothing is to be done for it here.
+    async fn goes_before_a_write(&self, caller: Caller, change: &v1::SetAttr) -> FsResult<bool> {
+        if caller.uid == 0 {
+            return Ok(false);
+        }
+        let ino = InodeNo(change.ino);
+        let attr = self.client.getattr(ino).await?;
+        let privileged = attr.mode & PRIVILEGED != 0 || attr.has_capability;
+        let written = || self.files.any(|file| file.open.ino == ino && file.open.flags.write);
+        Ok(attr.uid != caller.uid && privileged && written())
     }
 
     pub async fn fallocate(

@@ -28,6 +28,10 @@ impl<T> Handles<T> {
         self.open.read().unwrap_or_else(PoisonError::into_inner).get(&handle.0).cloned()
     }
 
+    pub fn any(&self, wanted: impl Fn(&T) -> bool) -> bool {
+        self.open.read().unwrap_or_else(PoisonError::into_inner).values().any(|thing| wanted(thing))
+    }
+
     pub fn remove(&self, handle: fuser::FileHandle) -> Option<Arc<T>> {
         self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&handle.0)
     }
@@ -46,5 +50,6 @@ mod tests {
         assert_ne!(first, second);
         assert!(handles.get(first).is_none());
         assert_eq!(handles.get(second).as_deref(), Some(&'b'));
+        assert!(handles.any(|thing| *thing == 'b') && !handles.any(|thing| *thing == 'a'));
     }
 }

@@ -121,8 +121,11 @@ impl Filesystem for Dfs {
         let (mtime, mtime_now) = time_change(mtime);
         let by_handle = size.is_some()
             && handle.and_then(|handle| self.0.files.get(handle)).is_some_and(|file| file.open.flags.write);
+        let times = atime.is_some() || atime_now || mtime.is_some() || mtime_now;
         let change = v1::SetAttr {
             ino: self.inode(node).get(),
+            // chown(2) with -1 for both; nothing else changes nothing.
+            kill_priv: mode.is_none() && uid.is_none() && gid.is_none() && size.is_none() && !times,
             mode: mode.map(|mode| mode & 0o7777),
             uid,
             gid,

@@ -102,13 +102,17 @@ fn set_times(s: &State<'_>, inode: &mut Inode, op: &v1::SetAttr) {
 /// setuid and setgid end when somebody else's bytes or owner come in: setattr_should_drop_suidgid() of the kernel.
 pub fn drop_privileges(s: &mut State<'_>, by: &Caller<'_>, inode: &mut Inode) -> OpResult<()> {
     drop_capability(s, inode)?;
-    inode.attr.mode &= !SET_UID;
-    let member = access::is_root(by.cred) || access::in_group(by.cred, inode.attr.gid);
-    // Without execute permission for the group the bit means mandatory locking: members may keep it.
-    if inode.attr.mode & GROUP_EXEC != 0 || !member {
-        inode.attr.mode &= !SET_GID;
-    }
+    inode.attr.mode = unprivileged(by.cred, inode);
     Ok(())
+}
+
+/// The mode without the bits that end so.
+fn unprivileged(cred: &Cred, inode: &Inode) -> u32 {
+    let mode = inode.attr.mode;
+    let member = access::is_root(cred) || access::in_group(cred, inode.attr.gid);
+    // Without execute permission for the group the bit means mandatory locking: members may keep it.
+    let set_gid = if mode & GROUP_EXEC != 0 || !member { SET_GID } else { 0 };
+    mode & !SET_UID & !set_gid
 }
 
 /// The same after a write or a truncate, which leave root's bits alone but not capabilities.
@@ -174,13 +178,14 @@ fn check_owner(cred: &Cred, inode: &Inode, op: &v1::SetAttr) -> OpResult<()> {
     if op.uid == Some(u32::MAX) || op.gid == Some(u32::MAX) {
         return refused(ErrorCode::ErrorInvalid, "-1 is nobody's number");
     }
-    if op.mode.is_some() {
-        if !access::owns(cred, attr) {
-            return refused(ErrorCode::ErrorNotPermitted, "chmod is for the owner");
-        }
-        if inode.kind() == Kind::Symlink {
-            return refused(ErrorCode::ErrorNotSupported, "symlinks have no mode of their own");
-        }
+    // A chown that names nobody, which chown(2) allows to anyone, ends privileges nevertheless.
+    let drops =
+        op.kill_priv && op.size.is_none() && !inode.is_dir() && unprivileged(cred, inode) != attr.mode;
+    if (op.mode.is_some() || drops) && !access::owns(cred, attr) {
+        return refused(ErrorCode::ErrorNotPermitted, "the mode is the owner's to change");
+    }
+    if op.mode.is_some() && inode.kind() == Kind::Symlink {
+        return refused(ErrorCode::ErrorNotSupported, "symlinks have no mode of their own");
     }
     Ok(())
 }
@@ -197,7 +202,7 @@ fn check_times(tx: &Tx<'_>, cred: &Cred, inode: &Inode, op: &v1::SetAttr) -> OpR
         return refused(ErrorCode::ErrorNotPermitted, "setting times is for the owner");
     }
     let authorised = op.size.is_some() || op.by_handle || op.uid.is_some() || op.gid.is_some();
-    if (op.atime_now || op.mtime_now || op.kill_priv) && !authorised {
+    if (op.atime_now || op.mtime_now) && !authorised {
         return access::require(tx, cred, inode, WRITE);
     }
     Ok(())

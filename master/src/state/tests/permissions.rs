@@ -154,6 +154,23 @@ fn truncate_and_writes_clear_setuid() {
 }
 
 #[test]
+fn a_chown_that_names_nobody_ends_privileges_and_is_the_owners_where_it_does() {
+    let (w, _, file) = world();
+    let nobody = v1::SetAttr { kill_priv: true, ..set(file.ino) };
+    w.chmod(&user(5), file.ino, 0o6755).unwrap();
+    assert_eq!(code(w.set_attr(&user(6), nobody)), ErrorCode::ErrorNotPermitted);
+    assert_eq!(w.set_attr(&user(5), nobody).unwrap().mode, 0o755);
+    assert_eq!(w.set_attr(&user(6), nobody).unwrap().mode, 0o755);
+    w.chmod(&user(5), file.ino, 0o2745).unwrap();
+    assert_eq!(
+        w.set_attr(&root(), nobody).unwrap().mode,
+        0o2745,
+        "without execution for the group members keep it"
+    );
+    w.check();
+}
+
+#[test]
 fn what_is_set_with_bytes_is_checked_like_any_change_and_happens_with_them_or_not_at_all() {
     let (w, _, file) = world();
     let old = Some(Timestamp { seconds: 7, nanos: 7 });
