@@ -148,6 +148,12 @@ pub fn attr_json(path: &[u8], attr: &Attr, target: Option<&[u8]>) -> Value {
         "atime": utc_time(attr.atime), "mtime": utc_time(attr.mtime), "ctime": utc_time(attr.ctime),
         "btime": utc_time(attr.btime), "version": attr.version,
     });
+    if attr.replicas != 0 {
+        value["replicas"] = json!(attr.replicas);
+    }
+    if attr.chunk_size != 0 {
+        value["chunk_size"] = json!(attr.chunk_size);
+    }
     if let Some(target) = target {
         value["target"] = name_json(target);
     }

@@ -5,6 +5,7 @@ use dfs_env::Env;
 use dfs_proto::limits;
 use dfs_proto::token::ClusterKey;
 use dfs_proto::units::{ByteSize, format_bytes};
+use ipnet::IpNet;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,8 @@ pub struct Config {
     pub snapshot_every_entries: u64,
     /// How long a session outlives its last sign of life.
     pub session_ttl_ms: u64,
+    /// Networks of clients whose root is nobody.
+    pub root_squash: Vec<IpNet>,
     /// How often a leader shows itself, and after how long a silence at least others want to lead (at most twice that).
     pub raft_heartbeat_ms: u64,
     pub raft_election_ms: u64,
@@ -68,6 +71,8 @@ struct File {
     snapshot_every: u64,
     #[serde(default = "session_ttl_s")]
     session_ttl_s: u64,
+    #[serde(default)]
+    root_squash: Vec<IpNet>,
     #[serde(default = "raft_heartbeat_ms")]
     raft_heartbeat_ms: u64,
     #[serde(default = "raft_election_ms")]
@@ -122,6 +127,7 @@ impl Config {
             state_cache_bytes: state_cache().get(),
             snapshot_every_entries: snapshot_every(),
             session_ttl_ms: session_ttl_s() * 1000,
+            root_squash: Vec::new(),
             raft_heartbeat_ms: raft_heartbeat_ms(),
             raft_election_ms: raft_election_ms(),
             storage: Storage::Disk,
@@ -241,6 +247,7 @@ impl File {
             state_cache_bytes: self.state_cache.get(),
             snapshot_every_entries: self.snapshot_every,
             session_ttl_ms: ttl.ok_or_else(|| ConfigError("session_ttl_s is too large".to_owned()))?,
+            root_squash: self.root_squash,
             raft_heartbeat_ms: self.raft_heartbeat_ms,
             raft_election_ms: self.raft_election_ms,
             storage: Storage::Disk,
@@ -324,6 +331,7 @@ mod tests {
             ("[[peers]]\nid = 1\naddress = \"b:1\"\n", "but it is known by 127.0.0.1:7100"),
             ("id = 2\n", "duplicate key"),
             ("replicas = \"three\"\n", "invalid type"),
+            ("root_squash = [\"10.0.0.0/33\"]\n", "m.toml:5: invalid IP address syntax"),
         ] {
             let error = check(&format!("{LEAST}{extra}")).map(|_| ()).expect_err(extra);
             assert!(error.contains(expected), "{extra:?}: {error}");

@@ -53,6 +53,7 @@ pub async fn start(env: Env, config: Config) -> Result<Master, StartError> {
         replicas: config.replicas,
         chunk_size: config.chunk_size,
         session_ttl: Duration::from_millis(config.session_ttl_ms),
+        root_squash: config.root_squash,
     };
     let shared = Shared::new(env, Arc::clone(&node), config.key, address.clone(), settings);
     let (stop, stopped) = oneshot::channel();

@@ -58,6 +58,22 @@ cmp "$WORK/a" "$WORK/b" || fail "-p lost modes or times"
 same "$(dfs ls -R /tree/pkg1 | grep -c '^file0.rs$')" 10
 same "$(dfs tree /tree | tail -n 1)" "220 directories, 4400 files"
 
+step "set"
+dfs mkdir -p /kept/below
+dfs put "$0" /kept/below/before
+dfs set -r --replicas 2 --chunk-size 1MiB /kept
+dfs put "$0" /kept/below/after
+for name in / /below /below/before /below/after; do
+    dfs --json stat "/kept$name" | grep -q '"replicas": *2' || fail "/kept$name does not have 2 replicas"
+done
+copies() { dfs --json stat --chunks "/kept/below/$1" | python3 -c 'import json, sys; print(len(json.load(sys.stdin)[0]["slices"][0]["replicas"]))'; }
+[[ $(copies before) == 3 && $(copies after) == 2 ]] || fail "replicas: $(copies before) and $(copies after)"
+dfs set --replicas default /kept/below/before
+! dfs --json stat /kept/below/before | grep -q '"replicas": *2' || fail "the default does not come back"
+refused 2 "1 to 9" dfs set --replicas 10 /kept
+refused 2 "required" dfs set /kept
+dfs rm -r /kept
+
 step "mkdir, mv, ln, stat, rm"
 dfs mkdir -p /a/b/c /a/b/c
 ln -s b "$MNT/a/link"

@@ -10,6 +10,7 @@ mod mv;
 mod node;
 mod put;
 mod rm;
+mod set;
 mod stat;
 mod status;
 mod sync;
@@ -69,6 +70,8 @@ enum Command {
     Mv(mv::Args),
     /// Show everything about files
     Stat(stat::Args),
+    /// Set how files and directories are kept: replicas, chunk size
+    Set(set::Args),
     /// Show how much space there is
     Df(df::Args),
     /// Show the state of the cluster
@@ -120,6 +123,7 @@ pub async fn run(cli: Cli) -> Result {
         Command::Mkdir(args) => mkdir::run(&context, args).await,
         Command::Mv(args) => mv::run(&context, args).await,
         Command::Stat(args) => stat::run(&context, args).await,
+        Command::Set(args) => set::run(&context, args).await,
         Command::Df(args) => df::run(&context, args).await,
         Command::Status(args) => status::run(&context, args).await,
         Command::Node(command) => node::run(&context, command).await,

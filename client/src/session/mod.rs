@@ -20,6 +20,7 @@ use dfs_env::Env;
 use dfs_proto::v1::{self, Cred, ErrorCode, Hello, Reply, Timestamp, Welcome, answer, hold, request};
 use dfs_proto::{FsError, FsResult, InodeNo, SessionId, limits};
 use requests::{Answered, Outcome, State};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Semaphore, oneshot, watch};
@@ -48,6 +49,8 @@ struct Shared {
     closed: watch::Sender<bool>,
     /// The run task has ended.
     finished: watch::Sender<bool>,
+    /// The master takes root for nobody.
+    root_squash: AtomicBool,
 }
 
 impl Session {
@@ -74,6 +77,7 @@ impl Session {
             session: watch::Sender::new(SessionId(0)),
             closed: watch::Sender::new(false),
             finished: watch::Sender::new(false),
+            root_squash: AtomicBool::new(false),
             env,
         });
         tokio::spawn(link::run(Arc::clone(&shared)));
@@ -121,6 +125,12 @@ impl Session {
     #[must_use]
     pub fn cluster_id(&self) -> String {
         self.shared.state().cluster_id.clone()
+    }
+
+    /// Whether the master takes what root does here for nobody's.
+    #[must_use]
+    pub fn squashes_root(&self) -> bool {
+        self.shared.root_squash.load(Ordering::Relaxed)
     }
 
     /// The master that the session was last connected to.
@@ -316,6 +326,7 @@ impl Shared {
             address.clone_into(&mut state.leader);
             state.welcome(welcome, &mut freed);
         }
+        self.root_squash.store(welcome.root_squash, Ordering::Relaxed);
         if let Some(now) = welcome.now {
             self.set_time(now);
         }

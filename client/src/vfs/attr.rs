@@ -16,7 +16,7 @@ impl Client {
         match self.cached_lookup(parent, name) {
             Some(Ok((attr, _))) => Ok(attr),
             // Others may not be allowed to know.
-            Some(Err(error)) if cred.uid == 0 => Err(error),
+            Some(Err(error)) if cred.uid == 0 && !self.inner.session.squashes_root() => Err(error),
             _ => self.inner.lookup_at_master(cred, parent, name).await,
         }
     }
@@ -134,6 +134,9 @@ impl Inner {
     fn set_with_bytes(&self, cred: &Cred, change: &v1::SetAttr) -> Option<Attr> {
         let ino = InodeNo(change.ino);
         let set = AttrSet::of(change)?;
+        if cred.uid == 0 && self.session.squashes_root() {
+            return None;
+        }
         let (known, _) = self.cache.attr(ino)?;
         if !set.is_certain(cred, &self.overlaid(known)) || !self.data.set_attrs(ino, cred, set) {
             return None;

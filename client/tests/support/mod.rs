@@ -77,6 +77,7 @@ impl Cluster {
             state_cache_bytes: 32 << 20,
             snapshot_every_entries: 10_000,
             session_ttl_ms: 20_000,
+            root_squash: Vec::new(),
             raft_heartbeat_ms: 100,
             raft_election_ms: 500,
             storage: Storage::Disk,

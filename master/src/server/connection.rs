@@ -45,6 +45,15 @@ impl Drop for Link {
     }
 }
 
+/// Whom a client's requests are from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rights {
+    /// Whom it says.
+    AsSaid,
+    /// Its root is nobody (`root_squash`).
+    RootIsNobody,
+}
+
 /// What a running request ended with.
 #[allow(clippy::large_enum_variant, reason = "nearly all of them are single replies")]
 pub enum Done {
@@ -60,6 +69,7 @@ pub type Running = BoxFuture<'static, Result<Done, Gone>>;
 /// One client's stream.
 pub struct Connection {
     link: Arc<Link>,
+    rights: Rights,
     inbound: Streaming<ClientFrame>,
     running: FuturesUnordered<Running>,
     /// Requests that came in and whose answers did not go out yet.
@@ -75,10 +85,16 @@ pub struct Connection {
 
 impl Connection {
     /// Serves an attached session; `first` is what its first frame held beside the hello. None: that was nonsense.
-    pub fn new(link: Link, inbound: Streaming<ClientFrame>, first: ClientFrame) -> Option<Self> {
+    pub fn new(
+        link: Link,
+        rights: Rights,
+        inbound: Streaming<ClientFrame>,
+        first: ClientFrame,
+    ) -> Option<Self> {
         let (ended, replaced) = (link.term.ended(), link.replaced.clone());
         let mut connection = Self {
             link: Arc::new(link),
+            rights,
             inbound,
             running: FuturesUnordered::new(),
             unanswered: 0,
@@ -155,7 +171,7 @@ impl Connection {
         let mut reads = Vec::new();
         for request in frame.requests {
             let link = Arc::clone(&self.link);
-            let (seq, cred) = (request.seq, requests::cred(request.cred));
+            let (seq, cred) = (request.seq, requests::cred(request.cred, self.rights));
             match request.op {
                 Some(request::Op::Mutation(mutation)) => {
                     let mutation = requests::mutate(link, seq, self.lowest_unanswered, cred, mutation);

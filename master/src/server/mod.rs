@@ -23,6 +23,8 @@ use dfs_env::Env;
 use dfs_proto::token::ClusterKey;
 use dfs_proto::v1::{self, Command, ErrorCode, System, SystemAnswer, system_answer};
 use dfs_proto::{FsError, FsResult};
+use ipnet::IpNet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -56,11 +58,13 @@ pub struct Shared {
 }
 
 /// What of the configuration the services need.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Settings {
     pub replicas: u32,
     pub chunk_size: u64,
     pub session_ttl: Duration,
+    /// Networks of clients whose root is nobody.
+    pub root_squash: Vec<IpNet>,
 }
 
 /// This master leads no more, or cannot tell: the peer must look for the leader and ask again.
@@ -93,6 +97,17 @@ impl Shared {
         let cluster_id = key.cluster_id();
         let (term, stopping) = (watch::Sender::new(None), watch::Sender::new(false));
         Arc::new(Self { env, node, key, cluster_id, address, settings, term, stopping })
+    }
+
+    /// Whether root is nobody on the client that calls from this address.
+    fn squashes_root_of(&self, peer: &str) -> bool {
+        let networks = &self.settings.root_squash;
+        // An address that cannot be told is nobody's friend.
+        !networks.is_empty()
+            && peer.parse().map_or(true, |address: SocketAddr| {
+                let ip = address.ip().to_canonical();
+                networks.iter().any(|network| network.contains(&ip))
+            })
     }
 
     /// The process is about to end: streams end, nobody new is served.

@@ -1,7 +1,7 @@
 //! Carries out one request, or the questions of one frame.
 
 use super::answers::Appends;
-use super::connection::{Done, Link};
+use super::connection::{Done, Link, Rights};
 use super::memory::Verdict;
 use super::term::Term;
 use super::{Gone, answer, failed, store_failed};
@@ -26,8 +26,14 @@ const READS_IN_A_ROW: usize = 64;
 const NOBODY: u32 = 65_534;
 
 /// On whose behalf a request runs.
-pub fn cred(cred: Option<Cred>) -> Cred {
-    cred.unwrap_or(Cred { uid: NOBODY, gid: NOBODY, groups: Vec::new() })
+pub fn cred(cred: Option<Cred>, rights: Rights) -> Cred {
+    let mut cred = cred.unwrap_or(Cred { uid: NOBODY, gid: NOBODY, groups: Vec::new() });
+    if rights == Rights::RootIsNobody {
+        for id in [&mut cred.uid, &mut cred.gid].into_iter().chain(&mut cred.groups) {
+            *id = if *id == 0 { NOBODY } else { *id };
+        }
+    }
+    cred
 }
 
 /// The answer to a request of a kind this version does not have.

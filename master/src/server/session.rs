@@ -1,11 +1,12 @@
 //! The Session service: how a client introduces itself. What follows is in `connection.rs`.
 
-use super::connection::{Connection, Link};
+use super::connection::{Connection, Link, Rights};
 use super::nodes::millis;
 use super::term::Term;
 use super::{Gone, HELLO_WAIT, Shared, store_failed};
 use crate::leases::locks::{Kind, Lock, Owner, Range};
 use crate::state;
+use dfs_env::rpc::Peer;
 use dfs_proto::v1::{self, ClientFrame, ErrorCode, Hello, MasterFrame, Timestamp, Welcome};
 use dfs_proto::{FsError, InodeNo, PROTOCOL_VERSION, SessionId};
 use futures::Stream;
@@ -32,10 +33,11 @@ impl v1::session_server::Session for SessionService {
 
     async fn attach(&self, request: Request<Streaming<ClientFrame>>) -> Result<Response<Frames>, Status> {
         // The stream of answers is the connection itself, so that an answer goes out without another task in between.
-        let start = Stage::Hello(Arc::clone(&self.shared), Box::new(request.into_inner()));
+        let peer = request.extensions().get::<Peer>().map(|peer| peer.0.clone()).unwrap_or_default();
+        let start = Stage::Hello(Arc::clone(&self.shared), peer, Box::new(request.into_inner()));
         let frames = futures::stream::unfold(start, |stage| async move {
             match stage {
-                Stage::Hello(shared, inbound) => hello(shared, *inbound).await,
+                Stage::Hello(shared, peer, inbound) => hello(shared, &peer, *inbound).await,
                 Stage::Serving(mut connection) => {
                     let frame = connection.next_frame().await?;
                     let over = frame.as_ref().map_or(true, |frame| frame.refusal.is_some());
@@ -49,7 +51,8 @@ impl v1::session_server::Session for SessionService {
 }
 
 enum Stage {
-    Hello(Arc<Shared>, Box<Streaming<ClientFrame>>),
+    /// Not introduced yet; the address that it calls from.
+    Hello(Arc<Shared>, String, Box<Streaming<ClientFrame>>),
     Serving(Box<Connection>),
     Over,
 }
@@ -79,7 +82,7 @@ pub fn gone(gone: Gone) -> MasterFrame {
     MasterFrame { refusal: Some(gone.failure()), leader: gone.leader, ..MasterFrame::default() }
 }
 
-async fn hello(shared: Arc<Shared>, mut inbound: Streaming<ClientFrame>) -> Option<Step> {
+async fn hello(shared: Arc<Shared>, peer: &str, mut inbound: Streaming<ClientFrame>) -> Option<Step> {
     let mut first = match tokio::time::timeout(HELLO_WAIT, inbound.message()).await {
         Ok(Ok(Some(frame))) => frame,
         Ok(Ok(None) | Err(_)) => return None,
@@ -90,10 +93,11 @@ async fn hello(shared: Arc<Shared>, mut inbound: Streaming<ClientFrame>) -> Opti
     };
     // The rest of the first frame counts like any other's.
     let rest = ClientFrame { hello: None, ..first };
-    match attach(&shared, hello).await {
+    match attach(&shared, peer, hello).await {
         Ok((link, welcome)) => {
+            let rights = if welcome.root_squash { Rights::RootIsNobody } else { Rights::AsSaid };
             let frame = MasterFrame { welcome: Some(welcome), ..MasterFrame::default() };
-            let connection = Connection::new(link, inbound, rest)?;
+            let connection = Connection::new(link, rights, inbound, rest)?;
             Some((Ok(frame), Stage::Serving(Box::new(connection))))
         }
         Err(Refusal::Gone(why)) => Some((Ok(gone(why)), Stage::Over)),
@@ -106,7 +110,7 @@ async fn hello(shared: Arc<Shared>, mut inbound: Streaming<ClientFrame>) -> Opti
 }
 
 /// Opens a session or takes one up again.
-async fn attach(shared: &Arc<Shared>, hello: Hello) -> Result<(Link, Welcome), Refusal> {
+async fn attach(shared: &Arc<Shared>, peer: &str, hello: Hello) -> Result<(Link, Welcome), Refusal> {
     check(shared, &hello)?;
     let term = shared.term().await?;
     let session = if hello.session == 0 {
@@ -137,6 +141,7 @@ async fn attach(shared: &Arc<Shared>, hello: Hello) -> Result<(Link, Welcome), R
         chunk_size: term.chunk_size,
         version: PROTOCOL_VERSION,
         term: term.number,
+        root_squash: shared.squashes_root_of(peer),
     };
     Ok((link, welcome))
 }

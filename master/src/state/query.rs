@@ -195,7 +195,7 @@ fn read_link(tx: &Tx<'_>, ino: InodeNo) -> OpResult<Body> {
 fn get_xattr(tx: &Tx<'_>, cred: &Cred, op: &v1::GetXattr) -> OpResult<Body> {
     let inode = tx.inode(InodeNo(op.ino))?;
     xattr::may_read(tx, cred, &inode, &op.name)?;
-    match tx.xattr(inode.ino(), &op.name)? {
+    match xattr::value(tx, &inode, &op.name)? {
         Some(value) => Ok(Body::Data(value.into())),
         None => Err(ErrorCode::ErrorNoData.into()),
     }

@@ -185,3 +185,18 @@ async fn statfs_never_shows_zero_blocks() {
     assert_eq!(stats.files, 1);
     master.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn root_of_a_squashed_network_is_nobody() {
+    for (network, squashed) in [("127.0.0.0/8", true), ("10.0.0.0/8", false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(dir.path());
+        config.root_squash = vec![network.parse().unwrap()];
+        let master = start_with(config).await;
+        let mut root = client(master.address()).await;
+        assert_eq!(root.welcome.root_squash, squashed);
+        let wanted = if squashed { ErrorCode::ErrorAccess } else { ErrorCode::ErrorOk };
+        assert_eq!(code(&root.mutate(create("file", false)).await), wanted, "{network}");
+        master.shutdown().await;
+    }
+}

@@ -5,6 +5,7 @@ pub mod chunk;
 pub mod create;
 pub mod data;
 pub mod orphan;
+pub mod policy;
 pub mod remove;
 pub mod rename;
 pub mod session;

@@ -1,5 +1,6 @@
 //! Extended attributes: namespaces and permissions as xattr_permission() of the kernel has them, ACLs kept with the mode.
 
+use super::policy::Policy;
 use super::{Caller, State, attr, entry};
 use crate::state::access::{self, READ, SET_GID, STICKY, WRITE};
 use crate::state::acl::{self, Acl};
@@ -85,6 +86,9 @@ pub fn set(s: &mut State<'_>, by: &Caller<'_>, op: &v1::SetXattr) -> OpResult<Bo
     }
     let mut inode = s.tx.inode(InodeNo(op.ino))?;
     may_write(&s.tx, by.cred, &inode, space)?;
+    if let Some(policy) = Policy::named(&op.name)? {
+        return policy.set(s, by, op);
+    }
     match space {
         Space::AccessAcl => set_access_acl(s, by, &mut inode, Acl::parse(&op.value)?)?,
         Space::DefaultAcl => set_default_acl(s, &mut inode, Acl::parse(&op.value)?)?,
@@ -149,6 +153,9 @@ pub fn remove(s: &mut State<'_>, by: &Caller<'_>, op: &v1::RemoveXattr) -> OpRes
     let space = space_of(&op.name)?;
     let mut inode = s.tx.inode(InodeNo(op.ino))?;
     may_write(&s.tx, by.cred, &inode, space)?;
+    if let Some(policy) = Policy::named(&op.name)? {
+        return policy.remove(s, by, inode.ino());
+    }
     let found = s.tx.delete_xattr(inode.ino(), &op.name)?;
     match space {
         // No error on Linux, the mode is one, too; and nothing has changed.
@@ -162,6 +169,14 @@ pub fn remove(s: &mut State<'_>, by: &Caller<'_>, op: &v1::RemoveXattr) -> OpRes
     inode.changed(s.now);
     s.tx.put_inode(&inode);
     Ok(entry(&inode, false))
+}
+
+/// The value of an attribute.
+pub fn value(tx: &Tx<'_>, inode: &Inode, name: &[u8]) -> OpResult<Option<Vec<u8>>> {
+    match Policy::named(name)? {
+        Some(policy) => Ok(policy.value(&inode.attr)),
+        None => Ok(tx.xattr(inode.ino(), name)?),
+    }
 }
 
 /// The names of an inode's attributes, in order.

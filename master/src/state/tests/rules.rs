@@ -294,3 +294,42 @@ fn paths_are_resolved_without_following_symlinks() {
     assert_eq!(code(resolve(&user(5), "/d/f")), ErrorCode::ErrorAccess);
     assert_eq!(code(resolve(&root(), "/d/none")), ErrorCode::ErrorNotFound);
 }
+
+#[test]
+fn replicas_and_chunk_size_are_attributes_that_files_take_over_from_their_directory() {
+    let w = World::new();
+    let file = w.make(&root(), ROOT, "file", File, 0o644).unwrap();
+    let dir = w.make(&root(), ROOT, "dir", Dir, 0o755).unwrap();
+    let name = "user.dfs.replication";
+    assert_eq!(code(w.get_xattr(&root(), dir.ino, name)), ErrorCode::ErrorNoData);
+    let set = w.set_xattr(&root(), dir.ino, name, b"2").unwrap();
+    assert_eq!((set.replicas, set.chunk_size), (2, 0));
+    w.set_xattr(&root(), dir.ino, "user.dfs.chunk_size", b"1MiB").unwrap();
+    assert_eq!(w.get_xattr(&root(), dir.ino, name).unwrap(), b"2");
+    assert_eq!(w.get_xattr(&root(), dir.ino, "user.dfs.chunk_size").unwrap(), b"1048576");
+    let made = w.make(&root(), dir.ino, "made", File, 0o600).unwrap();
+    assert_eq!((made.replicas, made.chunk_size), (2, 1 << 20));
+    assert_eq!((file.replicas, file.chunk_size), (0, 0));
+    for (name, value) in [
+        (name, b"0".as_slice()),
+        (name, b"10"),
+        (name, b"many"),
+        (name, b"5000000000"),
+        ("user.dfs.chunk_size", b"7"),
+        ("user.dfs.other", b"1"),
+    ] {
+        assert_eq!(
+            code(w.set_xattr(&root(), dir.ino, name, value)),
+            ErrorCode::ErrorInvalid,
+            "{name} {value:?}"
+        );
+    }
+    let remove = |cred: &Cred| {
+        let op = v1::RemoveXattr { ino: made.ino, name: name.into() };
+        w.mutate(cred, mutation::Op::RemoveXattr(op)).map(attr_of)
+    };
+    assert!(remove(&user(9)).is_err());
+    assert_eq!(remove(&root()).unwrap().replicas, 0);
+    assert_eq!(code(remove(&root())), ErrorCode::ErrorNoData);
+    w.check();
+}
