@@ -18,4 +18,4 @@ pub use config::ClientConfig;
 pub use dfs_proto::v1::{self, Attr, Cred};
 pub use dfs_proto::{FsError, FsResult, InodeNo, SessionId};
 pub use master::{Defaults, Master};
-pub use vfs::{Client, Entry, OpenFile, OpenFlags, Privileges, SeekKind};
+pub use vfs::{Client, Closing, Entry, OpenFile, OpenFlags, Privileges, SeekKind};

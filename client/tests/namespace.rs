@@ -248,6 +248,17 @@ async fn locks_conflict_across_clients_and_waiting_can_be_given_up() {
     waiting.await.expect("no panic").expect("granted to the one that still waits");
     two.release_locks(file, 2).await.expect("released");
     one.setlk(file, lock(1, v1::lock::Type::Write, false)).await.expect("nobody else has it");
+
+    // Nobody waits for the close of the last file, but who asks after it gets the lock.
+    let closing = one.closing(file, 1);
+    let asked = {
+        let (one, lock) = (one.clone(), lock(2, v1::lock::Type::Write, false));
+        tokio::spawn(async move { one.setlk(file, lock).await })
+    };
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!asked.is_finished());
+    one.close_locks(closing).await.expect("released");
+    asked.await.expect("no panic").expect("free");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -67,6 +67,10 @@ impl Held {
         self.locks.remove(&(ino, owner));
     }
 
+    pub fn has_locks_on(&self, ino: u64) -> bool {
+        self.locks.keys().any(|(locked, _)| *locked == ino)
+    }
+
     pub fn has_locks(&self, ino: u64, owner: u64) -> bool {
         self.locks.contains_key(&(ino, owner))
     }

@@ -145,6 +145,12 @@ impl Session {
         self.shared.state().may_have_locks(ino.get(), owner)
     }
 
+    /// Whether anybody here has locks on an inode.
+    #[must_use]
+    pub fn has_locks_on(&self, ino: InodeNo) -> bool {
+        self.shared.state().has_locks_on(ino.get())
+    }
+
     /// Sends an ephemeral operation without waiting for its answer.
     ///
     /// # Errors

@@ -404,6 +404,11 @@ impl State {
         outcome
     }
 
+    /// Whether anybody here has locks on the inode.
+    pub fn has_locks_on(&self, ino: u64) -> bool {
+        self.held.has_locks_on(ino)
+    }
+
     /// Whether the owner has locks on the inode, or may get one by an answer that is on its way.
     pub fn may_have_locks(&self, ino: u64, owner: u64) -> bool {
         let asked = |pending: &Pending| {

@@ -21,6 +21,7 @@ mod xattr;
 
 pub use alloc::SeekKind;
 pub use files::{OpenFile, OpenFlags, Privileges};
+pub use locks::Closing;
 pub use namespace::Entry;
 
 use crate::cache::Cache;
@@ -34,6 +35,7 @@ use dfs_proto::limits;
 use dfs_proto::v1::{self, Attr, Cred, ErrorCode};
 use dfs_proto::{FsError, FsResult, InodeNo, SessionId};
 use files::Files;
+use locks::Closings;
 use observer::Observer;
 use remains::Remains;
 use std::sync::Arc;
@@ -61,6 +63,7 @@ struct Inner {
     pub atimes: Atimes,
     pub background: Background,
     pub remains: Remains,
+    pub closings: Arc<Closings>,
 }
 
 impl Client {
@@ -99,6 +102,7 @@ impl Client {
                 atimes: Atimes::default(),
                 background: Background::default(),
                 remains: Remains::default(),
+                closings: Arc::default(),
             }),
         };
         client.start_touching();

@@ -6,7 +6,7 @@ use super::state::Shared;
 use crate::inodes::Seen;
 use crate::killable::{Patience, Refuse};
 use bytes::Bytes;
-use dfs_client::{OpenFile, Privileges, SeekKind};
+use dfs_client::{Closing, OpenFile, Privileges, SeekKind};
 use dfs_proto::v1::{self, Attr, ErrorCode};
 use dfs_proto::{FsError, FsResult, InodeNo};
 use fuser::{
@@ -22,6 +22,8 @@ const COPY_MAX: u64 = 1 << 31;
 
 /// Set-user-id and set-group-id.
 const PRIVILEGED: u32 = 0o6000;
+/// The extended attribute that holds a program's capabilities.
+const CAPABILITY: &[u8] = b"security.capability";
 
 /// An open file.
 pub struct File {
@@ -197,12 +199,13 @@ impl Shared {
         flushed
     }
 
-    pub async fn release(&self, handle: FileHandle, flock: Option<u64>, answer: Answer<ReplyEmpty>) {
+    /// The last close of an open file; `locks`: those to be given up with it.
+    pub async fn release(&self, handle: FileHandle, locks: Option<Closing>, answer: Answer<ReplyEmpty>) {
         let Some(file) = self.files.remove(handle) else {
             return answer.refuse(Errno::EBADF);
         };
-        let unlocked = match flock {
-            Some(owner) => self.client.release_locks(file.open.ino, owner).await,
+        let unlocked = match locks {
+            Some(closing) => self.client.close_locks(closing).await,
             None => Ok(()),
         };
         let released = self.client.release(Arc::clone(&file.open)).await;
@@ -228,8 +231,20 @@ impl Shared {
         let ino = InodeNo(change.ino);
         let attr = self.client.getattr(ino).await?;
         let privileged = attr.mode & PRIVILEGED != 0 || attr.has_capability;
-        let written = || self.files.any(|file| file.open.ino == ino && file.open.flags.write);
-        Ok(attr.uid != caller.uid && privileged && written())
+        Ok(attr.uid != caller.uid && privileged && self.is_open_for_writing(ino))
+    }
+
+    /// Removes an extended attribute.
+    pub async fn removexattr(&self, caller: Caller, ino: InodeNo, name: &[u8]) -> FsResult<()> {
+        let removed = self.client.removexattr(&caller.cred(), ino, name).await;
+        // So the kernel begins a write of somebody who may write because he has opened the file. The write ends the
+        // capability by itself.
+        let refused = removed.as_ref().is_err_and(|error| error.code == ErrorCode::ErrorAccess);
+        if refused && name == CAPABILITY && self.is_open_for_writing(ino) { Ok(()) } else { removed }
+    }
+
+    fn is_open_for_writing(&self, ino: InodeNo) -> bool {
+        self.files.any(|file| file.open.ino == ino && file.open.flags.write)
     }
 
     pub async fn fallocate(

@@ -357,16 +357,18 @@ impl Filesystem for Dfs {
     fn release(
         &self,
         request: &Request,
-        _node: fuser::INodeNo,
+        node: fuser::INodeNo,
         handle: FileHandle,
         _flags: OpenFlags,
         owner: Option<LockOwner>,
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        // Before the next request is read, which may be for the same lock.
+        let locks = owner.map(|owner| self.0.client.closing(self.inode(node), owner.0));
         // Nobody waits for this answer.
         self.0.serve(request, reply, Patience::Endless, move |fs, answer| async move {
-            fs.release(handle, owner.map(|owner| owner.0), answer).await;
+            fs.release(handle, locks, answer).await;
         });
     }
 
@@ -507,9 +509,7 @@ impl Filesystem for Dfs {
 
     fn removexattr(&self, request: &Request, node: fuser::INodeNo, key: &OsStr, reply: ReplyEmpty) {
         let (ino, key) = (self.inode(node), name(key));
-        self.change(request, reply, move |fs, caller| async move {
-            fs.client.removexattr(&caller.cred(), ino, &key).await
-        });
+        self.change(request, reply, move |fs, caller| async move { fs.removexattr(caller, ino, &key).await });
     }
 
     fn access(&self, request: &Request, node: fuser::INodeNo, mask: AccessFlags, reply: ReplyEmpty) {

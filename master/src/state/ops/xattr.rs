@@ -152,7 +152,12 @@ fn put_acl(s: &mut State<'_>, ino: InodeNo, name: &[u8], list: Option<Acl>) -> O
 pub fn remove(s: &mut State<'_>, by: &Caller<'_>, op: &v1::RemoveXattr) -> OpResult<Body> {
     let space = space_of(&op.name)?;
     let mut inode = s.tx.inode(InodeNo(op.ino))?;
-    may_write(&s.tx, by.cred, &inode, space)?;
+    if op.name.as_ref() == attr::CAPABILITY && !inode.has_flag(FLAG_IMMUTABLE | FLAG_APPEND) {
+        // Whoever may write ends it by writing.
+        access::require(&s.tx, by.cred, &inode, WRITE)?;
+    } else {
+        may_write(&s.tx, by.cred, &inode, space)?;
+    }
     if let Some(policy) = Policy::named(&op.name)? {
         return policy.remove(s, by, inode.ino());
     }
