@@ -16,7 +16,7 @@ timeout 600 python3 "$ROOT/tests/posix/promises.py" "$MNT/promises" "$@" 2>"$WOR
 step "$(grep -E '^Ran ' "$WORK/promises.log")"
 
 step "an unlinked file and its lock outlive a master's restart"
-coproc HOLDER { python3 -u - "$MNT" <<'PY'
+cat >"$WORK/holder.py" <<'PY'
 import fcntl, os, sys
 fd = os.open(os.path.join(sys.argv[1], "held"), os.O_RDWR | os.O_CREAT)
 other = os.open(os.path.join(sys.argv[1], "locked"), os.O_RDWR | os.O_CREAT)
@@ -31,7 +31,7 @@ os.fsync(fd)
 assert os.pread(fd, 100, 0) == b"before and after" and os.fstat(fd).st_nlink == 0
 print("good")
 PY
-}
+coproc HOLDER { python3 -u "$WORK/holder.py" "$MNT"; }
 HOLDER_IN=${HOLDER[1]} HOLDER_OUT=${HOLDER[0]} HOLDER_ID=$HOLDER_PID
 read -r -t 20 -u "$HOLDER_OUT" said && [[ $said == ready ]] || fail "the holder does not begin"
 crash master-1
