@@ -333,6 +333,9 @@ impl Window<'_> {
 
     /// `length` bytes at `position`, fewer at the end of the file.
     fn bytes(&mut self, position: u64, length: usize) -> io::Result<&[u8]> {
+        if position >= self.file_len {
+            return Ok(&[]);
+        }
         let end = self.file_len.min(position.saturating_add(length as u64));
         let inside = position >= self.base && end <= self.base + self.bytes.len() as u64;
         if !inside {
@@ -343,8 +346,8 @@ impl Window<'_> {
             self.file.read_exact_at(&mut self.bytes, position)?;
         }
         let from = usize::try_from(position - self.base).map_err(io::Error::other)?;
-        let to = usize::try_from(end.max(position) - self.base).map_err(io::Error::other)?;
-        Ok(&self.bytes[from.min(to)..to])
+        let to = usize::try_from(end - self.base).map_err(io::Error::other)?;
+        Ok(&self.bytes[from..to])
     }
 
     /// Whether nothing but zeroes stands from `position` on.

@@ -649,3 +649,17 @@ async fn a_torn_unsynced_middle_is_not_called_damage() {
     assert!(!store.report()[0].damaged && store.report()[0].length == 100);
     assert_eq!(code(add(&store, 1, 100, 10, false).await), ErrorCode::ErrorCorrupt);
 }
+
+#[tokio::test]
+async fn a_file_cut_anywhere_in_or_before_its_first_record_is_no_chunk_or_an_empty_one() {
+    for length in [0, 1, FILE_HEADER - 1, FILE_HEADER, FILE_HEADER + 1, FILE_HEADER + RECORD_HEADER] {
+        let disk = TestDisk::default();
+        build(&open(&disk).await, &[100], false).await;
+        disk.tamper(&path(), |bytes| bytes.truncate(length));
+        match recovery::open(&disk, &path(), ID, cluster_bytes("cluster")).expect("read") {
+            Opened::Nothing => assert!(length < FILE_HEADER),
+            Opened::Chunk(found) => assert!(length >= FILE_HEADER && found.length == 0),
+            Opened::Foreign(why) => panic!("{length}: {why}"),
+        }
+    }
+}
