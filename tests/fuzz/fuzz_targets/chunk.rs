@@ -23,5 +23,8 @@ fuzz_target!(|bytes: &[u8]| {
             assert_eq!(again.condition, found.condition);
         }
     }
+    if let Ok(file) = RealDisk.open(&path, OpenMode::Read) {
+        let _ = recovery::read_footer(&*file, ChunkId(7)).expect("the disk is sound");
+    }
     let _ = RealDisk.remove(&path);
 });
