@@ -27,9 +27,9 @@ async fn create(client: &Client, name: &str) -> Arc<OpenFile> {
 async fn write(client: &Client, file: &OpenFile, offset: u64, data: &[u8]) {
     for (at, part) in data.chunks(128 << 10).enumerate() {
         let offset = offset + (at * (128 << 10)) as u64;
-        match client.try_write(file, offset, part, Privileges::Keep) {
+        match client.try_write(file, offset, part, &Privileges::Keep) {
             Some(result) => result.expect("written"),
-            None => client.write(file, offset, part, Privileges::Keep).await.expect("written"),
+            None => client.write(file, offset, part, &Privileges::Keep).await.expect("written"),
         }
     }
 }
@@ -100,7 +100,7 @@ async fn chunks_of_eight_bytes_work() {
     let file = create(&client, "f").await;
     let data = pattern(1001);
     for (at, part) in data.chunks(7).enumerate() {
-        client.write(&file, (at * 7) as u64, part, Privileges::Keep).await.expect("written");
+        client.write(&file, (at * 7) as u64, part, &Privileges::Keep).await.expect("written");
         if at % 20 == 0 {
             client.fsync(file.ino).await.expect("flushed");
         }
@@ -117,14 +117,14 @@ async fn appends_land_one_after_the_other() {
     let cluster = cluster(1 << 20).await;
     let client = cluster.client().await;
     let first = create(&client, "log").await;
-    client.write(&first, 0, b"head", Privileges::Keep).await.expect("written");
+    client.write(&first, 0, b"head", &Privileges::Keep).await.expect("written");
     let writers: Vec<_> = (0..4)
         .map(|writer: u8| {
             let (client, ino) = (client.clone(), first.ino);
             tokio::spawn(async move {
                 let file = client.open(&root(), ino, APPEND).await.expect("open");
                 for _ in 0..50 {
-                    client.append(&file, &[writer; 10], Privileges::Keep).await.expect("appended");
+                    client.append(&file, &[writer; 10], &Privileges::Keep).await.expect("appended");
                 }
                 client.flush(&file).await.expect("flushed");
                 client.release(file).await.expect("closed");
@@ -146,7 +146,7 @@ async fn truncation_holes_and_seeks() {
     let client = cluster.client().await;
     let file = create(&client, "sparse").await;
     let far = 1_u64 << 40;
-    client.write(&file, far, b"end", Privileges::Keep).await.expect("written");
+    client.write(&file, far, b"end", &Privileges::Keep).await.expect("written");
     assert_eq!(client.getattr(file.ino).await.expect("attr").size, far + 3);
     assert_eq!(client.seek(&file, 0, SeekKind::Data).await, Ok(far));
     assert_eq!(client.seek(&file, 0, SeekKind::Hole).await, Ok(0));
@@ -157,7 +157,7 @@ async fn truncation_holes_and_seeks() {
     assert!(client.getattr(file.ino).await.expect("attr").blocks < 10_000);
 
     client.setattr(&root(), v1::SetAttr { size: Some(4), ..by_handle(&file) }).await.expect("cut");
-    client.write(&file, 8, b"x", Privileges::Keep).await.expect("written");
+    client.write(&file, 8, b"x", &Privileges::Keep).await.expect("written");
     assert_eq!(read(&client, &file).await, b"\0\0\0\0\0\0\0\0x");
     client.setattr(&root(), v1::SetAttr { size: Some(20), ..by_handle(&file) }).await.expect("extended");
     client.flush(&file).await.expect("flushed");
@@ -194,7 +194,7 @@ async fn times_and_modes_follow_writes_and_are_kept_when_set() {
     let file = create(&client, "f").await;
     let before = client.getattr(file.ino).await.expect("attr");
     tokio::time::sleep(Duration::from_millis(20)).await;
-    client.write(&file, 0, b"x", Privileges::Keep).await.expect("written");
+    client.write(&file, 0, b"x", &Privileges::Keep).await.expect("written");
     let dirty = client.getattr(file.ino).await.expect("attr");
     assert!(dirty.mtime.map(|time| time.key()) > before.mtime.map(|time| time.key()));
     let old = v1::Timestamp { seconds: 1_000_000_000, nanos: 5 };
@@ -206,8 +206,8 @@ async fn times_and_modes_follow_writes_and_are_kept_when_set() {
     let mode = v1::SetAttr { mode: Some(0o6777), ..by_handle(&file) };
     client.setattr(&root(), mode).await.expect("set");
     let others = client.open(&user(1000), file.ino, WRITE).await.expect("open");
-    assert!(client.try_write(&others, 0, b"y", Privileges::Drop).is_none());
-    client.write(&others, 0, b"y", Privileges::Drop).await.expect("written");
+    assert!(client.try_write(&others, 0, b"y", &Privileges::of_writer(&user(1000))).is_none());
+    client.write(&others, 0, b"y", &Privileges::of_writer(&user(1000))).await.expect("written");
     assert_eq!(
         client.getattr(file.ino).await.expect("attr").mode,
         0o777,
@@ -228,9 +228,9 @@ async fn an_unlinked_file_lives_until_it_is_closed() {
     let cluster = cluster(1 << 20).await;
     let client = cluster.client().await;
     let file = create(&client, "f").await;
-    client.write(&file, 0, b"before", Privileges::Keep).await.expect("written");
+    client.write(&file, 0, b"before", &Privileges::Keep).await.expect("written");
     client.unlink(&root(), ROOT, b"f").await.expect("unlinked");
-    client.write(&file, 6, b" after", Privileges::Keep).await.expect("written");
+    client.write(&file, 6, b" after", &Privileges::Keep).await.expect("written");
     client.fsync(file.ino).await.expect("flushed");
     assert_eq!(read(&client, &file).await, b"before after");
     assert_eq!(client.getattr(file.ino).await.expect("attr").nlink, 0);
@@ -241,7 +241,7 @@ async fn an_unlinked_file_lives_until_it_is_closed() {
 
     let hidden = v1::Create { anonymous: true, ..new(ROOT, "", v1::Kind::File) };
     let (_, file) = client.create_open(&root(), hidden, WRITE).await.expect("O_TMPFILE");
-    client.write(&file, 0, b"shown", Privileges::Keep).await.expect("written");
+    client.write(&file, 0, b"shown", &Privileges::Keep).await.expect("written");
     client.link(&root(), file.ino, ROOT, b"named").await.expect("linked");
     client.release(file).await.expect("closed");
     client.sync().await.expect("synced");
@@ -296,7 +296,7 @@ async fn a_file_that_was_there_is_opened_with_the_right_to_it() {
     assert!(!entry.created);
     client.release(file).await.expect("closed");
     let read_only = client.open(&root(), InodeNo(entry.attr.ino), READ).await.expect("open");
-    assert!(client.write(&read_only, 0, b"x", Privileges::Keep).await.is_err());
+    assert!(client.write(&read_only, 0, b"x", &Privileges::Keep).await.is_err());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -142,7 +142,7 @@ async fn nobody_reads_or_appends_without_the_masters_token() {
     };
     let flags = OpenFlags { write: true, ..OpenFlags::default() };
     let (entry, file) = client.create_open(&cred, what, flags).await.expect("created");
-    client.write(&file, 0, b"for root's eyes only", Privileges::Keep).await.expect("written");
+    client.write(&file, 0, b"for root's eyes only", &Privileges::Keep).await.expect("written");
     client.flush(&file).await.expect("flushed");
     let question = v1::GetSlices { ino: entry.attr.ino, offset: 0, length: 100, max_slices: 10 };
     let answer = client.master().query(&cred, v1::query::Op::GetSlices(question)).await.expect("a layout");

@@ -127,7 +127,7 @@ impl Workload {
         };
         let flags = OpenFlags { read: true, write: true, ..OpenFlags::default() };
         let (entry, file) = during("create", self.client.create_open(&self.cred, create, flags).await)?;
-        during("write", self.client.write(&file, 0, &bytes, Privileges::Keep).await)?;
+        during("write", self.client.write(&file, 0, &bytes, &Privileges::Keep).await)?;
         if bytes.len() >= STREAM {
             // Records are sent and nobody asks for a sync yet: a crash now has something to lose.
             tokio::time::sleep(std::time::Duration::from_millis(300)).await;
@@ -146,7 +146,7 @@ impl Workload {
         let file_ino = self.model[name].0;
         let flags = OpenFlags { read: true, write: true, ..OpenFlags::default() };
         let file = during("open", self.client.open(&self.cred, file_ino, flags).await)?;
-        during("write", self.client.write(&file, offset as u64, bytes, Privileges::Keep).await)?;
+        during("write", self.client.write(&file, offset as u64, bytes, &Privileges::Keep).await)?;
         during("flush", self.client.flush(&file).await)?;
         during("release", self.client.release(file).await)?;
         let content = &mut self.model.get_mut(name).expect("picked from the model").1;

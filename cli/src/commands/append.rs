@@ -53,7 +53,7 @@ pub async fn run(context: &Context, args: Args) -> Result {
                     }
                     remote
                         .client
-                        .append(&file, &buffer[..filled], privileges)
+                        .append(&file, &buffer[..filled], &privileges)
                         .await
                         .about(format::name(path))?;
                     progress.moved(filled as u64);

@@ -82,7 +82,7 @@ impl Upload {
                 }
                 self.remote
                     .client
-                    .write(&open, at, &buffer[..filled], privileges)
+                    .write(&open, at, &buffer[..filled], &privileges)
                     .await
                     .about(place.shown())?;
                 at += filled as u64;
@@ -170,7 +170,7 @@ impl Upload {
     /// The data of a regular file, several pieces at a time.
     async fn pieces(&self, file: Arc<File>, local: &Path, size: u64, open: Arc<OpenFile>) -> Result<u64> {
         let data = ranges::local_data(&file, size).about(local.display())?;
-        let privileges = Privileges::of_writer(&self.remote.cred);
+        let privileges = &Privileges::of_writer(&self.remote.cred);
         futures::stream::iter(ranges::pieces(&data, PIECE).into_iter().map(Ok))
             .try_for_each_concurrent(PIECES_AT_ONCE, |piece| {
                 let (file, open) = (Arc::clone(&file), Arc::clone(&open));

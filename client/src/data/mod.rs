@@ -145,8 +145,8 @@ impl DataPlane {
     }
 
     /// The inode's next commit clears suid, sgid and capabilities.
-    pub fn kill_priv(&self, ino: InodeNo) {
-        self.writer.kill_priv(ino);
+    pub fn kill_priv(&self, ino: InodeNo, writer: &v1::Cred) {
+        self.writer.kill_priv(ino, writer);
     }
 
     /// Which chunks the inode's bytes go into from now on: its attributes say so. 0 stands for the cluster's default.

@@ -80,7 +80,7 @@ impl Client {
         file: &OpenFile,
         offset: u64,
         data: &[u8],
-        privileges: Privileges,
+        privileges: &Privileges,
     ) -> Option<FsResult<()>> {
         if file.flags.append || file.flags.sync || self.inner.loses_privileges(file, privileges) {
             return None;
@@ -88,7 +88,7 @@ impl Client {
         if let Err(error) = check_writable(file).and_then(|()| check_end(offset, data.len() as u64)) {
             return Some(Err(error));
         }
-        self.inner.mark_written(file, privileges);
+        self.inner.mark_written(file, privileges, false);
         self.inner.data.try_write(file.ino, offset, data)
     }
 
@@ -102,7 +102,7 @@ impl Client {
         file: &OpenFile,
         offset: u64,
         data: &[u8],
-        privileges: Privileges,
+        privileges: &Privileges,
     ) -> FsResult<()> {
         if file.flags.append {
             return self.append(file, data, privileges).await.map(drop);
@@ -114,7 +114,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::write`].
-    pub async fn append(&self, file: &OpenFile, data: &[u8], privileges: Privileges) -> FsResult<u64> {
+    pub async fn append(&self, file: &OpenFile, data: &[u8], privileges: &Privileges) -> FsResult<u64> {
         let _one_at_a_time = file.state.append.lock().await;
         // Without bytes of this client's own at the end, what is known may be older than another client's append.
         let attr = match self.inner.data.dirty(file.ino).filter(|dirty| dirty.end > 0) {
@@ -183,15 +183,12 @@ impl Inner {
         file: &OpenFile,
         offset: u64,
         data: &[u8],
-        privileges: Privileges,
+        privileges: &Privileges,
     ) -> FsResult<()> {
         check_writable(file)?;
         check_end(offset, data.len() as u64)?;
         let loses = self.loses_privileges(file, privileges);
-        self.mark_written(file, privileges);
-        if loses {
-            self.data.kill_priv(file.ino);
-        }
+        self.mark_written(file, privileges, loses);
         self.data.write(file.ino, offset, data).await?;
         if loses || file.flags.sync {
             // The cleared bits must show at once, not when the bytes happen to be committed.
@@ -201,16 +198,18 @@ impl Inner {
     }
 
     /// Whether a write through this file must clear set-user-id or set-group-id.
-    fn loses_privileges(&self, file: &OpenFile, privileges: Privileges) -> bool {
+    fn loses_privileges(&self, file: &OpenFile, privileges: &Privileges) -> bool {
         let known = || self.cache.last_attr(file.ino).map(|attr| self.overlaid(attr));
-        privileges == Privileges::Drop && known().is_some_and(|attr| attr.mode & PRIVILEGED != 0)
+        *privileges != Privileges::Keep && known().is_some_and(|attr| attr.mode & PRIVILEGED != 0)
     }
 
-    /// The first write through an open that ends privileges says so with its bytes: what this client knows of them may
-    /// be old.
-    fn mark_written(&self, file: &OpenFile, privileges: Privileges) {
-        if privileges == Privileges::Drop && !file.dropped.swap(true, Ordering::Relaxed) {
-            self.data.kill_priv(file.ino);
+    /// Writes that end privileges say so with their bytes: those that find some, and the first through each open, as what
+    /// this client knows of them may be old.
+    fn mark_written(&self, file: &OpenFile, privileges: &Privileges, loses: bool) {
+        if let Privileges::EndedBy(writer) = privileges
+            && (!file.dropped.swap(true, Ordering::Relaxed) || loses)
+        {
+            self.data.kill_priv(file.ino, writer);
         }
     }
 }

@@ -23,19 +23,19 @@ pub struct OpenFlags {
 }
 
 /// What a write does to set-user-id, set-group-id and file capabilities.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Privileges {
     /// A writer with CAP_FSETID, or pages of a shared mapping.
     Keep,
-    /// Anybody else's write ends them.
-    Drop,
+    /// Anybody else's write ends them. Who: set-group-id without the right to execute stays for members of the group.
+    EndedBy(Cred),
 }
 
 impl Privileges {
     /// What a write by a process does.
     #[must_use]
     pub fn of_writer(cred: &Cred) -> Self {
-        if cred.uid == 0 { Self::Keep } else { Self::Drop }
+        if cred.uid == 0 { Self::Keep } else { Self::EndedBy(cred.clone()) }
     }
 }
 

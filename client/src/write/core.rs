@@ -213,9 +213,9 @@ impl Core {
     }
 
     /// The next commit of the inode clears suid, sgid and capabilities.
-    pub fn kill_priv(&mut self, ino: InodeNo, now: Duration) {
+    pub fn kill_priv(&mut self, ino: InodeNo, writer: &Cred, now: Duration) {
         let inode = self.inode(ino, now);
-        inode.kill_priv = true;
+        inode.kill_priv = Some(writer.clone());
         if let Some(attrs) = &mut inode.attrs {
             attrs.set.kill_priv();
         }
@@ -354,19 +354,20 @@ impl Core {
         }
         self.next_id += 1;
         let id = CommitId(self.next_id);
-        let kill_priv = std::mem::take(&mut inode.kill_priv);
+        let writer = inode.kill_priv.take();
         let written = (!records.is_empty()).then_some(inode.mtime);
         let set_at = attrs.as_ref().map(|attrs| attrs.ctime);
         let commit = v1::Commit {
             ino: ino.get(),
             slices: commit::slices(&records),
             mtime: Some(inode.mtime),
-            kill_priv,
+            kill_priv: writer.is_some(),
+            writer: writer.clone(),
             set: attrs.as_ref().map(|attrs| attrs.set.change()),
             ctime: written.into_iter().chain(set_at).max_by_key(|time| (time.seconds, time.nanos)),
         };
         let cred = attrs.as_ref().map_or_else(Cred::default, |attrs| attrs.cred.clone());
-        inode.committing = Some(Committing { id, kill_priv, records, attrs, expired: false });
+        inode.committing = Some(Committing { id, kill_priv: writer, records, attrs, expired: false });
         inode.progress_at = inode.progress_at.max(now);
         self.actions.push(Action::Commit { ino, id, cred, commit });
     }
@@ -438,8 +439,8 @@ impl Core {
     /// A commit did not happen: what it held waits again, older than everything else.
     fn take_back(&mut self, ino: InodeNo, commit: Committing) {
         let Some(inode) = self.inodes.get_mut(&ino) else { return };
-        let written_since = inode.kill_priv;
-        inode.kill_priv |= commit.kill_priv;
+        let written_since = inode.kill_priv.is_some();
+        inode.kill_priv = inode.kill_priv.take().or(commit.kill_priv);
         if let Some(mut attrs) = commit.attrs {
             if written_since {
                 attrs.set.kill_priv();

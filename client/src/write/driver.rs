@@ -323,8 +323,8 @@ impl Writer {
         self.with(|core, now| core.keep_error(ino, error, told_sync, now));
     }
 
-    pub(crate) fn kill_priv(&self, ino: InodeNo) {
-        self.with(|core, now| core.kill_priv(ino, now));
+    pub(crate) fn kill_priv(&self, ino: InodeNo, writer: &Cred) {
+        self.with(|core, now| core.kill_priv(ino, writer, now));
     }
 
     pub(crate) fn set_policy(&self, ino: InodeNo, policy: Policy) {

@@ -4,7 +4,7 @@ use super::attrs::{AttrSet, Pending};
 use super::extents::{Extents, Run};
 use super::{CommitId, Policy, RunNo, WaiterId};
 use bytes::Bytes;
-use dfs_proto::v1::{Attr, Timestamp};
+use dfs_proto::v1::{self, Attr, Timestamp};
 use dfs_proto::{ChunkId, Epoch, FsError};
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -51,7 +51,7 @@ impl Record {
 #[derive(Debug)]
 pub struct Committing {
     pub id: CommitId,
-    pub kill_priv: bool,
+    pub kill_priv: Option<v1::Cred>,
     pub records: Vec<Record>,
     /// Attributes that it sets.
     pub attrs: Option<Pending>,
@@ -89,7 +89,7 @@ pub struct Inode {
     /// Attributes that were set since; what is in `committing` is older.
     pub attrs: Option<Pending>,
     /// The next commit clears suid, sgid and capabilities.
-    pub kill_priv: bool,
+    pub kill_priv: Option<v1::Cred>,
     /// The answer to the last commit.
     pub attr: Option<Attr>,
     /// Why bytes were dropped; not reported yet.
@@ -118,7 +118,7 @@ impl Inode {
             in_line: false,
             mtime: Timestamp::default(),
             attrs: None,
-            kill_priv: false,
+            kill_priv: None,
             attr: None,
             error: None,
             told_sync: false,
@@ -135,7 +135,7 @@ impl Inode {
     /// Nothing is left to know about it.
     #[must_use]
     pub fn is_forgettable(&self) -> bool {
-        self.is_clean() && self.waiters.is_empty() && self.error.is_none() && !self.kill_priv
+        self.is_clean() && self.waiters.is_empty() && self.error.is_none() && self.kill_priv.is_none()
     }
 
     /// The oldest run of which something is not committed, bytes or attributes.

@@ -22,15 +22,13 @@ use std::time::Duration;
 const OPEN_SLICES: u32 = 16;
 /// Questions answered before others get a turn.
 const READS_IN_A_ROW: usize = 64;
-/// Who acts when a client did not say: nobody's rights, certainly not root's.
-const NOBODY: u32 = 65_534;
 
-/// On whose behalf a request runs.
+/// On whose behalf a request runs; nobody's when the client did not say, certainly not root's.
 pub fn cred(cred: Option<Cred>, rights: Rights) -> Cred {
-    let mut cred = cred.unwrap_or(Cred { uid: NOBODY, gid: NOBODY, groups: Vec::new() });
+    let mut cred = cred.unwrap_or_else(Cred::nobody);
     if rights == Rights::RootIsNobody {
         for id in [&mut cred.uid, &mut cred.gid].into_iter().chain(&mut cred.groups) {
-            *id = if *id == 0 { NOBODY } else { *id };
+            *id = if *id == 0 { Cred::NOBODY } else { *id };
         }
     }
     cred

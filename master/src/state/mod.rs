@@ -134,7 +134,8 @@ fn apply_one(state: &mut State<'_>, command: &v1::Command) -> io::Result<Applied
             Ok(Applied::System(v1::SystemAnswer { body: Some(body) }))
         }
         Some(command::Body::Mutation(op)) => {
-            let cred = command.cred.clone().unwrap_or_else(nobody);
+            // Without a credential it is nobody's, never root's.
+            let cred = command.cred.clone().unwrap_or_else(v1::Cred::nobody);
             let by = Caller { cred: &cred, session: SessionId(command.session) };
             let answer = dedup::once(state, command, |state| {
                 let body = match attempt(state, |state| apply_mutation(state, &by, op))? {
@@ -147,11 +148,6 @@ fn apply_one(state: &mut State<'_>, command: &v1::Command) -> io::Result<Applied
         }
         None => Ok(fail(command, FsError::new(ErrorCode::ErrorNotSupported, "an empty command"))),
     }
-}
-
-/// A command without a credential is nobody's, never root's.
-fn nobody() -> v1::Cred {
-    v1::Cred { uid: 65_534, gid: 65_534, groups: Vec::new() }
 }
 
 fn advance_time(state: &mut State<'_>, now: Option<Timestamp>) {

@@ -30,6 +30,11 @@ impl Caller {
         Self { uid: request.uid(), gid: request.gid(), thread: request.pid() }
     }
 
+    /// Where groups do not count.
+    pub fn without_groups(self) -> Cred {
+        Cred { uid: self.uid, gid: self.gid, groups: Vec::new() }
+    }
+
     /// With the supplementary groups as they are at this moment. Root's change nothing.
     pub fn cred(self) -> Cred {
         let groups = if self.uid == 0 { Vec::new() } else { procfs::groups(self.thread) };

@@ -113,17 +113,17 @@ impl Shared {
         };
         // Shared pages are written back through any handle, at their own place.
         let write_back = to.write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
-        let privileges = if to.write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
-            Privileges::Drop
-        } else {
-            Privileges::Keep
-        };
+        let ends_privileges = to.write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        let ended_by = |cred| if ends_privileges { Privileges::EndedBy(cred) } else { Privileges::Keep };
+        let caller = Caller::of(request);
         let append = file.append && to.open_flags & libc::O_APPEND != 0 && !write_back;
         let written = u32::try_from(data.len()).expect("a write is below 16 MiB");
         self.inodes.wrote(file.open.ino);
         if !append {
             let _runtime = self.runtime.enter();
-            let now = AssertUnwindSafe(|| self.client.try_write(&file.open, to.offset, data, privileges));
+            // Which groups the writer is in is asked for when it counts.
+            let privileges = ended_by(caller.without_groups());
+            let now = AssertUnwindSafe(|| self.client.try_write(&file.open, to.offset, data, &privileges));
             match std::panic::catch_unwind(now) {
                 Ok(Some(Ok(()))) => return reply.written(written),
                 Ok(Some(Err(error))) => {
@@ -138,11 +138,12 @@ impl Shared {
         }
         let patience = if write_back { Patience::Endless } else { Patience::Killed };
         let data = Bytes::copy_from_slice(data);
+        let privileges = if ends_privileges { ended_by(caller.cred()) } else { Privileges::Keep };
         self.serve(request, reply, patience, move |fs, answer| async move {
             let done = if append {
-                fs.append(&file, to.offset, &data, privileges).await
+                fs.append(&file, to.offset, &data, &privileges).await
             } else {
-                fs.client.write(&file.open, to.offset, &data, privileges).await
+                fs.client.write(&file.open, to.offset, &data, &privileges).await
             };
             answer.give(done, |reply, ()| reply.written(written));
         });
@@ -155,7 +156,7 @@ impl Shared {
         file: &File,
         expected: u64,
         data: &[u8],
-        privileges: Privileges,
+        privileges: &Privileges,
     ) -> FsResult<()> {
         let offset = self.client.append(&file.open, data, privileges).await?;
         if offset != expected {

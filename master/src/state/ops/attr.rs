@@ -65,7 +65,7 @@ fn set_mode_and_owner(
     op: &v1::SetAttr,
 ) -> OpResult<()> {
     if (op.kill_priv || chowns(op)) && !inode.is_dir() {
-        drop_privileges(s, by, inode)?;
+        drop_privileges(s, by.cred, inode)?;
     }
     inode.attr.uid = op.uid.unwrap_or(inode.attr.uid);
     inode.attr.gid = op.gid.unwrap_or(inode.attr.gid);
@@ -100,9 +100,9 @@ fn set_times(s: &State<'_>, inode: &mut Inode, op: &v1::SetAttr) {
 }
 
 /// setuid and setgid end when somebody else's bytes or owner come in: setattr_should_drop_suidgid() of the kernel.
-pub fn drop_privileges(s: &mut State<'_>, by: &Caller<'_>, inode: &mut Inode) -> OpResult<()> {
+pub fn drop_privileges(s: &mut State<'_>, writer: &Cred, inode: &mut Inode) -> OpResult<()> {
     drop_capability(s, inode)?;
-    inode.attr.mode = unprivileged(by.cred, inode);
+    inode.attr.mode = unprivileged(writer, inode);
     Ok(())
 }
 
@@ -117,7 +117,7 @@ fn unprivileged(cred: &Cred, inode: &Inode) -> u32 {
 
 /// The same after a write or a truncate, which leave root's bits alone but not capabilities.
 pub fn drop_privileges_unless_root(s: &mut State<'_>, by: &Caller<'_>, inode: &mut Inode) -> OpResult<()> {
-    if access::is_root(by.cred) { drop_capability(s, inode) } else { drop_privileges(s, by, inode) }
+    if access::is_root(by.cred) { drop_capability(s, inode) } else { drop_privileges(s, by.cred, inode) }
 }
 
 fn drop_capability(s: &mut State<'_>, inode: &mut Inode) -> OpResult<()> {

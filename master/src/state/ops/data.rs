@@ -41,7 +41,8 @@ pub fn commit(s: &mut State<'_>, by: &Caller<'_>, op: &v1::Commit) -> OpResult<B
         inode.attr.size = inode.attr.size.max(end);
     }
     if op.kill_priv {
-        attr::drop_privileges(s, by, &mut inode)?;
+        let writer = op.writer.clone().unwrap_or_else(v1::Cred::nobody);
+        attr::drop_privileges(s, &writer, &mut inode)?;
     }
     // Times by the client's idea of the master's clock, which may be ahead.
     let now = s.now;
@@ -176,7 +177,7 @@ pub fn copy_range(s: &mut State<'_>, by: &Caller<'_>, op: &v1::CopyRange) -> OpR
     }
     target.attr.size = target.attr.size.max((target_from + copied).get());
     if op.kill_priv {
-        attr::drop_privileges(s, by, &mut target)?;
+        attr::drop_privileges(s, by.cred, &mut target)?;
     }
     target.modified(s.now);
     s.tx.put_inode(&target);
