@@ -5,8 +5,8 @@ use crate::Result;
 use crate::error::{About, CliError};
 use crate::format;
 use crate::remote::{Last, Remote};
-use dfs_client::InodeNo;
 use dfs_client::v1::{Attr, ChunkAccess, GetSlices, Kind, Layout, Slice, answer, query};
+use dfs_client::{InodeNo, OpenFlags};
 use dfs_proto::limits::LAYOUT_SLICES_MAX;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -53,7 +53,12 @@ async fn one(context: &Context, remote: &Remote, path: &[u8], args: &Args) -> Re
     let mut value = format::attr_json(path, &attr, target.as_deref());
     let mut text = human(path, &attr, target.as_deref());
     if args.chunks && attr.kind() == Kind::File {
-        let (slices, chunks) = layout(remote, &attr, &shown).await?;
+        // Where its bytes are is for those who may read them.
+        let flags = OpenFlags { read: true, ..OpenFlags::default() };
+        let open = remote.client.open(&remote.cred, InodeNo(attr.ino), flags).await.about(&shown)?;
+        let layout = layout(remote, &attr, &shown).await;
+        remote.client.release(open).await.about(&shown)?;
+        let (slices, chunks) = layout?;
         text.push_str(&layout_text(&slices, &chunks));
         value["slices"] = layout_json(&slices, &chunks);
     }

@@ -6,9 +6,17 @@ use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::{GET_CHUNKS_MAX, TOKEN_TTL_MS};
 use dfs_proto::v1::answer::Body;
 use dfs_proto::v1::{ChunkAccess, Cred, GetChunks, query};
-use dfs_proto::{ChunkId, FsError, FsResult};
+use dfs_proto::{ChunkId, FsError, FsResult, InodeNo};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+/// Where a chunk is used: a slice of an inode, at an offset of the file. Whoever has the inode open to read may read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) chunk: ChunkId,
+    pub(crate) ino: InodeNo,
+    pub(crate) offset: u64,
+}
 
 /// Chunks remembered.
 const CHUNKS: usize = 65_536;
@@ -52,12 +60,13 @@ impl Accesses {
     /// Where a chunk lives. `fresh`: what is remembered did not serve.
     ///
     /// # Errors
-    /// ErrorNoChunk when the master does not know it, and the session's.
-    pub(crate) async fn get(&self, chunk: ChunkId, fresh: bool) -> FsResult<Arc<ChunkAccess>> {
+    /// ErrorNoChunk when it is gone, or not in this place any more, and the session's.
+    pub(crate) async fn get(&self, place: Place, fresh: bool) -> FsResult<Arc<ChunkAccess>> {
+        let chunk = place.chunk;
         if !fresh && let Some(access) = self.cached(chunk) {
             return Ok(access);
         }
-        let mut chunks = self.ask(vec![chunk.get()]).await?;
+        let mut chunks = self.ask(place.ino, &[place]).await?;
         match chunks.pop() {
             Some(access) if access.chunk == chunk.get() => Ok(Arc::new(access)),
             _ => Err(FsError::new(ErrorCode::ErrorNoChunk, format!("chunk {chunk} is gone"))),
@@ -68,19 +77,22 @@ impl Accesses {
     ///
     /// # Errors
     /// The session's.
-    pub(crate) async fn prepare(&self, chunks: impl Iterator<Item = ChunkId>) -> FsResult<()> {
-        let mut unknown: Vec<u64> =
-            chunks.filter(|chunk| self.cached(*chunk).is_none()).map(ChunkId::get).collect();
-        unknown.sort_unstable();
-        unknown.dedup();
-        for chunks in unknown.chunks(GET_CHUNKS_MAX) {
-            self.ask(chunks.to_vec()).await?;
+    pub(crate) async fn prepare(&self, ino: InodeNo, places: impl Iterator<Item = Place>) -> FsResult<()> {
+        let mut unknown: Vec<Place> = places.filter(|place| self.cached(place.chunk).is_none()).collect();
+        unknown.sort_unstable_by_key(|place| place.chunk);
+        unknown.dedup_by_key(|place| place.chunk);
+        for places in unknown.chunks(GET_CHUNKS_MAX) {
+            self.ask(ino, places).await?;
         }
         Ok(())
     }
 
-    async fn ask(&self, chunks: Vec<u64>) -> FsResult<Vec<ChunkAccess>> {
-        let question = query::Op::GetChunks(GetChunks { chunks });
+    async fn ask(&self, ino: InodeNo, places: &[Place]) -> FsResult<Vec<ChunkAccess>> {
+        let question = query::Op::GetChunks(GetChunks {
+            chunks: places.iter().map(|place| place.chunk.get()).collect(),
+            ino: ino.get(),
+            offsets: places.iter().map(|place| place.offset).collect(),
+        });
         match self.master.query(&Cred::default(), question).await? {
             Body::Chunks(answer) => {
                 self.learn(&answer.chunks);

@@ -1,6 +1,6 @@
 //! Gets verified bytes of a chunk from whichever replica has them, soonest.
 
-use super::access::Accesses;
+use super::access::{Accesses, Place};
 use super::cache::Run;
 use super::peers::{Peer, Peers};
 use dfs_proto::checksum::crc32c;
@@ -39,12 +39,13 @@ impl Fetcher {
     /// # Errors
     /// ErrorNoChunk: the chunk is gone, the layout is to be fetched again. ErrorIo: every replica is damaged, or none
     /// answered within the operation time-out.
-    pub(crate) async fn fetch(&self, chunk: ChunkId, from: u64, len: usize) -> FsResult<Run> {
+    pub(crate) async fn fetch(&self, place: Place, from: u64, len: usize) -> FsResult<Run> {
+        let chunk = place.chunk;
         let clock = &self.peers.env().clock;
         let began = clock.boot();
         let mut pause = Duration::from_millis(20);
         for round in 0_u32.. {
-            let access = self.accesses.get(chunk, round > 0).await?;
+            let access = self.accesses.get(place, round > 0).await?;
             let error = match self.ask_replicas(&access, from, len).await {
                 Ok(run) => return Ok(run),
                 Err(error) => error,

@@ -20,7 +20,7 @@ pub(crate) mod peers;
 pub use ahead::ReadState;
 
 use crate::master::Master;
-use access::Accesses;
+use access::{Accesses, Place};
 use ahead::BLOCK;
 use bytes::{Bytes, BytesMut};
 use cache::{Blocks, Run};
@@ -62,7 +62,7 @@ pub(crate) struct Reader {
 /// A piece of a read: bytes of one chunk, all in what one fetch brings.
 #[derive(Clone, Copy, Debug)]
 struct Part {
-    chunk: ChunkId,
+    place: Place,
     from: u64,
     len: usize,
     /// What to fetch if it is not here.
@@ -75,7 +75,7 @@ fn short(len: u64) -> usize {
 }
 
 /// The parts of a slice that a range of the file falls into. `whole`: fetch whole blocks of the file.
-fn parts(slice: &Slice, range: Range<u64>, whole: bool) -> impl Iterator<Item = Part> + use<> {
+fn parts(ino: InodeNo, slice: &Slice, range: Range<u64>, whole: bool) -> impl Iterator<Item = Part> + use<> {
     let slice = *slice;
     let end = slice.file_offset + slice.length;
     let mut at = range.start.max(slice.file_offset);
@@ -89,7 +89,7 @@ fn parts(slice: &Slice, range: Range<u64>, whole: bool) -> impl Iterator<Item = 
         let (low, high) =
             if whole { (block.max(slice.file_offset), (block + BLOCK).min(end)) } else { (at, next) };
         let part = Part {
-            chunk: ChunkId(slice.chunk),
+            place: Place { chunk: ChunkId(slice.chunk), ino, offset: at },
             from: slice.chunk_offset + (at - slice.file_offset),
             len: short(next - at),
             fetch_from: slice.chunk_offset + (low - slice.file_offset),
@@ -236,7 +236,7 @@ impl Reader {
         let segments = self.segments(ino, offset, end, version).await?;
         let single = match &segments[..] {
             [Segment { slice: Some(slice), .. }] => {
-                let mut parts = parts(slice, offset..end, whole);
+                let mut parts = parts(ino, slice, offset..end, whole);
                 parts.next().filter(|_| parts.next().is_none())
             }
             _ => None,
@@ -268,11 +268,13 @@ impl Reader {
                 segment.slice.map(|slice| (slice, part))
             })
         };
-        self.accesses.prepare(used().map(|(slice, _)| ChunkId(slice.chunk))).await?;
+        let places =
+            used().map(|(slice, part)| Place { chunk: ChunkId(slice.chunk), ino, offset: part.start });
+        self.accesses.prepare(ino, places).await?;
         let mut places = Vec::new();
         for (slice, part) in used() {
             let mut at = short_index(part.start - range.start);
-            for part in parts(&slice, part, whole) {
+            for part in parts(ino, &slice, part, whole) {
                 places.push((at, part));
                 at += part.len;
             }
@@ -296,15 +298,15 @@ impl Reader {
 
     /// Looks for a part's bytes, and has them fetched if they are neither here nor on their way.
     fn begin(&self, part: &Part) -> Ticket {
-        if let Some(bytes) = self.blocks.get(part.chunk, part.from, part.len) {
+        if let Some(bytes) = self.blocks.get(part.place.chunk, part.from, part.len) {
             return Ticket::Here(bytes);
         }
         let (fetcher, blocks) = (Arc::clone(&self.fetcher), Arc::clone(&self.blocks));
-        let (chunk, from, len) = (part.chunk, part.fetch_from, part.fetch_len);
+        let (place, from, len) = (part.place, part.fetch_from, part.fetch_len);
         let covers = (part.from, part.len);
-        self.flights.join(&self.handle, chunk, covers, (from, len), move || async move {
-            let run = fetcher.fetch(chunk, from, len).await?;
-            blocks.put(chunk, &run);
+        self.flights.join(&self.handle, place.chunk, covers, (from, len), move || async move {
+            let run = fetcher.fetch(place, from, len).await?;
+            blocks.put(place.chunk, &run);
             Ok(run)
         })
     }
@@ -330,7 +332,7 @@ impl Reader {
         };
         for segment in segments {
             let Some(slice) = segment.slice else { continue };
-            for part in parts(&slice, segment.offset..segment.offset + segment.length, true) {
+            for part in parts(ino, &slice, segment.offset..segment.offset + segment.length, true) {
                 if self.flights.is_full() {
                     return;
                 }

@@ -1,12 +1,12 @@
 //! What a session asserts again after it reconnects: its open files and its locks.
 
-use dfs_proto::v1::{HeldLock, Lock, OpenFile, lock::Type};
+use dfs_proto::v1::{Cred, HeldLock, Lock, OpenFile, lock::Type};
 use std::collections::BTreeMap;
 
 /// Open files and locks as the master's answers told.
 #[derive(Debug, Default)]
 pub(super) struct Held {
-    opens: BTreeMap<u64, u32>,
+    opens: BTreeMap<u64, OpenFile>,
     /// By inode and owner; the ranges of one owner never overlap and are in order.
     locks: BTreeMap<(u64, u64), Vec<Range>>,
 }
@@ -21,14 +21,21 @@ struct Range {
 }
 
 impl Held {
-    pub fn opened(&mut self, ino: u64) {
-        *self.opens.entry(ino).or_default() += 1;
+    /// One open more. `reader`, `writer`: on whose behalf, if it is to read, or to write.
+    pub fn opened(&mut self, ino: u64, reader: Option<&Cred>, writer: Option<&Cred>) {
+        let open = self.opens.entry(ino).or_insert_with(|| OpenFile { ino, ..OpenFile::default() });
+        open.count += 1;
+        for (held, new) in [(&mut open.reader, reader), (&mut open.writer, writer)] {
+            if let Some(new) = new {
+                *held = Some(new.clone());
+            }
+        }
     }
 
     pub fn closed(&mut self, ino: u64) {
-        if let Some(count) = self.opens.get_mut(&ino) {
-            *count -= 1;
-            if *count == 0 {
+        if let Some(open) = self.opens.get_mut(&ino) {
+            open.count -= 1;
+            if open.count == 0 {
                 self.opens.remove(&ino);
                 // As the master does: nobody can give them up any more.
                 self.locks.retain(|(locked, _), _| *locked != ino);
@@ -106,7 +113,7 @@ impl Held {
     }
 
     pub fn opens(&self) -> Vec<OpenFile> {
-        self.opens.iter().map(|(ino, count)| OpenFile { ino: *ino, count: *count }).collect()
+        self.opens.values().cloned().collect()
     }
 
     pub fn locks(&self) -> Vec<HeldLock> {
@@ -166,10 +173,11 @@ mod tests {
     #[test]
     fn opens_are_counted() {
         let mut held = Held::default();
-        held.opened(4);
-        held.opened(4);
+        let (one, two) = (Cred { uid: 1, ..Cred::default() }, Cred { uid: 2, ..Cred::default() });
+        held.opened(4, Some(&one), Some(&one));
+        held.opened(4, None, Some(&two));
         held.closed(4);
-        assert_eq!(held.opens(), [OpenFile { ino: 4, count: 1 }]);
+        assert_eq!(held.opens(), [OpenFile { ino: 4, count: 1, reader: Some(one), writer: Some(two) }]);
         held.closed(4);
         held.closed(4);
         assert!(held.opens().is_empty());

@@ -236,13 +236,14 @@ impl State {
                 Ok(body),
             ) => {
                 if let (true, Body::Entry(v1::Entry { attr: Some(attr), .. })) = (create.open, body) {
-                    self.held.opened(attr.ino);
+                    self.held.opened(attr.ino, request.cred.as_ref(), request.cred.as_ref());
                     return Some(attr.ino);
                 }
             }
             (Some(request::Op::Hold(v1::Hold { op: Some(op) })), result) => match op {
                 hold::Op::Open(open) if result.is_ok() => {
-                    self.held.opened(open.ino);
+                    let by = |opened: bool| request.cred.as_ref().filter(|_| opened);
+                    self.held.opened(open.ino, by(open.read || open.exec), by(open.write));
                     return Some(open.ino);
                 }
                 // Also when it failed: nobody here has it open any more.

@@ -26,7 +26,6 @@ impl Client {
             read: flags.read,
             write: flags.write || flags.truncate,
             exec: flags.exec,
-            no_check: false,
             append: flags.append,
         };
         let opened = match inner.master.hold(cred, hold::Op::Open(question)).await? {

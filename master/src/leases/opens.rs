@@ -20,10 +20,24 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Ticket(u64);
 
+/// What a session may do with an inode that it has open.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Access {
+    pub read: bool,
+    pub write: bool,
+}
+
+/// A session's opens of one inode: what one of them allows, all may do.
+#[derive(Debug, Default, Clone, Copy)]
+struct Held {
+    count: u32,
+    access: Access,
+}
+
 /// The open table.
 #[derive(Debug, Default)]
 pub struct Opens {
-    counts: BTreeMap<InodeNo, BTreeMap<SessionId, u32>>,
+    counts: BTreeMap<InodeNo, BTreeMap<SessionId, Held>>,
     by_session: BTreeMap<SessionId, BTreeSet<InodeNo>>,
     orphans: BTreeSet<InodeNo>,
     /// Orphans to free, each with the first ticket that cannot mean it.
@@ -41,18 +55,32 @@ impl Opens {
         if self.reaping.contains(&ino) {
             return false;
         }
-        *self.counts.entry(ino).or_default().entry(session).or_default() += 1;
+        self.counts.entry(ino).or_default().entry(session).or_default().count += 1;
         self.by_session.entry(session).or_default().insert(ino);
         true
     }
 
+    /// A counted open was allowed to do this.
+    pub fn allow(&mut self, session: SessionId, ino: InodeNo, access: Access) {
+        if let Some(held) = self.counts.get_mut(&ino).and_then(|sessions| sessions.get_mut(&session)) {
+            held.access.read |= access.read;
+            held.access.write |= access.write;
+        }
+    }
+
+    /// What the session may do; None: it has not opened the inode.
+    #[must_use]
+    pub fn access(&self, session: SessionId, ino: InodeNo) -> Option<Access> {
+        self.counts.get(&ino)?.get(&session).map(|held| held.access)
+    }
+
     /// One open less. True: the session has it open no more.
     pub fn close(&mut self, session: SessionId, ino: InodeNo) -> bool {
-        let Some(count) = self.counts.get_mut(&ino).and_then(|sessions| sessions.get_mut(&session)) else {
+        let Some(held) = self.counts.get_mut(&ino).and_then(|sessions| sessions.get_mut(&session)) else {
             return true;
         };
-        *count -= 1;
-        if *count > 0 {
+        held.count -= 1;
+        if held.count > 0 {
             return false;
         }
         self.forget(session, ino);
@@ -60,13 +88,19 @@ impl Opens {
     }
 
     /// Replaces all opens of a session by what its client says it holds. The client knows: an open whose answer it
-    /// never got is not in the list, and is counted when the request comes again. Inodes being freed are left out.
-    pub fn assert_held(&mut self, session: SessionId, opens: impl IntoIterator<Item = (InodeNo, u32)>) {
+    /// never got is not in the list, and is counted when the request comes again. Inodes being freed are left out. What
+    /// was allowed before stays so.
+    pub fn assert_held(
+        &mut self,
+        session: SessionId,
+        opens: impl IntoIterator<Item = (InodeNo, u32, Access)>,
+    ) {
         let before = self.by_session.remove(&session).unwrap_or_default();
         let mut now = BTreeSet::new();
-        for (ino, count) in opens {
+        for (ino, count, access) in opens {
             if count > 0 && !self.reaping.contains(&ino) {
-                self.counts.entry(ino).or_default().insert(session, count);
+                self.counts.entry(ino).or_default().entry(session).or_default().count = count;
+                self.allow(session, ino, access);
                 now.insert(ino);
             }
         }
@@ -244,7 +278,11 @@ mod tests {
         assert!(opens.open(A, INO) && opens.open(A, InodeNo(8)));
         opens.orphaned(INO);
         opens.orphaned(InodeNo(8));
-        opens.assert_held(A, [(InodeNo(8), 2), (InodeNo(9), 1)]);
+        opens.allow(A, InodeNo(8), Access { read: true, write: false });
+        let none = Access::default();
+        opens.assert_held(A, [(InodeNo(8), 2, Access { write: true, ..none }), (InodeNo(9), 1, none)]);
+        assert_eq!(opens.access(A, InodeNo(8)), Some(Access { read: true, write: true }));
+        assert_eq!((opens.access(A, InodeNo(9)), opens.access(A, INO)), (Some(none), None));
         assert_eq!(opens.take_unused(10), vec![INO]);
         assert_eq!(opens.count(A), 2);
         assert!(!opens.close(A, InodeNo(8)));

@@ -2,11 +2,10 @@
 
 use super::term::Term;
 use crate::placement::Health;
-use crate::state;
 use bytes::Bytes;
 use dfs_proto::limits::TOKEN_TTL_MS;
 use dfs_proto::token::Rights;
-use dfs_proto::v1::{self, ChunkAccess, FsStats, answer::Body, chunk_state::Phase};
+use dfs_proto::v1::{self, ChunkAccess, FsStats, answer::Body};
 use dfs_proto::{ChunkId, SessionId};
 
 /// What `statfs` shows while no daemon has reported yet: some programs divide by it.
@@ -17,8 +16,6 @@ const LEAST_TOTAL: u64 = 1 << 20;
 pub enum Appends {
     /// Every chunk in it was allocated to the session just now.
     All,
-    /// Those that are still open and the session's own.
-    Own,
     /// None: it is about reading.
     None,
 }
@@ -42,7 +39,6 @@ impl Term {
         for access in chunks {
             let append = match appends {
                 Appends::All => true,
-                Appends::Own => !access.sealed && self.owns(session, ChunkId(access.chunk)),
                 Appends::None => false,
             };
             let rights = if append { Rights::READ.and(Rights::APPEND) } else { Rights::READ };
@@ -57,19 +53,6 @@ impl Term {
                 healths.sort_by_key(|(health, _)| *health);
             }
             access.replicas = healths.into_iter().map(|(_, replica)| replica).collect();
-        }
-    }
-
-    /// Whether the session may still append to a chunk.
-    fn owns(&self, session: SessionId, chunk: ChunkId) -> bool {
-        match state::chunk_state(&*self.kv(), chunk) {
-            Ok(state) => {
-                state.is_some_and(|state| state.phase() == Phase::Open && state.session == session.get())
-            }
-            Err(error) => {
-                super::store_failed("reading a chunk", &error);
-                false
-            }
         }
     }
 

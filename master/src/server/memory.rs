@@ -1,7 +1,7 @@
 //! What the leader knows of sessions, opens and locks: one struct behind one mutex, never held across an await.
 
 use crate::leases::locks::{Lock, LockTable, Outcome, WaiterId};
-use crate::leases::opens::{Opens, Ticket};
+use crate::leases::opens::{Access, Opens, Ticket};
 use dfs_proto::v1::SessionRow;
 use dfs_proto::{InodeNo, SessionId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -100,7 +100,7 @@ impl Memory {
     pub fn assert_held(
         &mut self,
         id: SessionId,
-        opens: impl IntoIterator<Item = (InodeNo, u32)>,
+        opens: impl IntoIterator<Item = (InodeNo, u32, Access)>,
         locks: &[(InodeNo, Lock)],
     ) -> bool {
         self.opens.assert_held(id, opens);

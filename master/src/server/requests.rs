@@ -6,7 +6,7 @@ use super::memory::Verdict;
 use super::term::Term;
 use super::{Gone, answer, failed, store_failed};
 use crate::leases::locks::{Kind, Lock, Outcome, Owner, Range, WaiterId};
-use crate::leases::opens::Ticket;
+use crate::leases::opens::{Access, Ticket};
 use crate::placement::{Health, NoPlace};
 use crate::state::{self, Applied};
 use dfs_proto::limits::{ALLOC_CHUNKS_MAX, NODE_SUSPECT_MS, REPLICAS_MAX};
@@ -54,6 +54,9 @@ pub async fn mutate(
     cred: Cred,
     mut mutation: Mutation,
 ) -> Result<Done, Gone> {
+    if let Err(error) = check_opens(&link, mutation.op.as_ref()) {
+        return Ok(Done::Reply(reply(seq, failed(error))));
+    }
     let mut appends = Appends::None;
     let mut creating = None;
     match &mut mutation.op {
@@ -87,12 +90,33 @@ pub async fn mutate(
     Ok(Done::Reply(reply(seq, answer)))
 }
 
+/// Refuses what only an open file allows, and this session has not opened it for that.
+fn check_opens(link: &Link, op: Option<&mutation::Op>) -> Result<(), FsError> {
+    let memory = link.term.memory();
+    let has = |ino: u64, wanted: fn(Access) -> bool| {
+        if memory.opens.access(link.session, InodeNo(ino)).is_some_and(wanted) {
+            return Ok(());
+        }
+        Err(FsError::new(ErrorCode::ErrorAccess, format!("this session has not opened inode {ino} for that")))
+    };
+    match op {
+        Some(mutation::Op::Commit(commit)) => has(commit.ino, |access| access.write),
+        Some(mutation::Op::Fallocate(fallocate)) => has(fallocate.ino, |access| access.write),
+        Some(mutation::Op::SetAttr(set)) if set.by_handle => has(set.ino, |access| access.write),
+        Some(mutation::Op::CopyRange(copy)) => {
+            has(copy.from, |access| access.read)?;
+            has(copy.to, |access| access.write)
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Keeps the open table in step with what was applied.
 fn settle(link: &Link, answer: &Answer, creating: Option<Creating>, linking: bool) {
     let orphan = match &answer.body {
-        Some(Body::Entry(v1::Entry { attr: Some(attr), .. })) => {
+        Some(Body::Entry(v1::Entry { attr: Some(attr), created, .. })) => {
             if let Some(creating) = creating {
-                creating.end(attr);
+                creating.end(attr, *created);
             } else if linking {
                 // O_TMPFILE and linkat: it was without a name, and has its first one now.
                 link.term.memory().opens.named(InodeNo(attr.ino));
@@ -125,13 +149,15 @@ impl Creating {
         Self { link: Arc::clone(link), ticket: Some(ticket) }
     }
 
-    fn end(mut self, attr: &v1::Attr) {
+    /// `created`: it was made, not found: who made it may do everything. (Who found it has yet to ask.)
+    fn end(mut self, attr: &v1::Attr, created: bool) {
         let Some(ticket) = self.ticket.take() else { return };
         let ino = InodeNo(attr.ino);
         let mut memory = self.link.term.memory();
         // A stream that was replaced meanwhile counts nothing: its client asks again through the new one.
         if memory.serves(self.link.session, self.link.generation) && memory.opens.open(self.link.session, ino)
         {
+            memory.opens.allow(self.link.session, ino, Access { read: created, write: created });
             if attr.nlink == 0 {
                 memory.opens.orphaned(ino);
             }
@@ -244,11 +270,25 @@ pub async fn read(link: Arc<Link>, reads: Vec<Read>) -> Result<Done, Gone> {
 }
 
 fn ask(link: &Link, cred: &Cred, query: &Query) -> Answer {
-    let appends =
-        if matches!(query.op, Some(query::Op::GetChunks(_))) { Appends::Own } else { Appends::None };
+    let opened = match &query.op {
+        Some(query::Op::GetSlices(slices)) => Some(slices.ino),
+        Some(query::Op::GetChunks(chunks)) => Some(chunks.ino),
+        _ => None,
+    };
+    let mut reads = true;
+    if let Some(ino) = opened {
+        let Some(access) = link.term.memory().opens.access(link.session, InodeNo(ino)) else {
+            let text = format!("this session has not opened inode {ino}");
+            return failed(FsError::new(ErrorCode::ErrorAccess, text));
+        };
+        reads = access.read;
+    }
     match state::query(&*link.term.kv(), cred, query) {
         Ok(mut answer) => {
-            link.term.complete(link.session, &mut answer, appends);
+            // Whoever has it open for writing only may see where its bytes are (lseek), but gets no token for them.
+            if reads {
+                link.term.complete(link.session, &mut answer, Appends::None);
+            }
             answer
         }
         Err(error) => failed(store_failed("answering a question", &error)),
@@ -317,8 +357,13 @@ impl<'l> Opening<'l> {
             Err(error) => return failed(store_failed("opening a file", &error)),
         };
         self.granted = true;
-        if attr.nlink == 0 {
-            self.link.term.memory().opens.orphaned(self.ino);
+        {
+            let mut memory = self.link.term.memory();
+            let access = Access { read: open.read || open.exec, write: open.write };
+            memory.opens.allow(self.link.session, self.ino, access);
+            if attr.nlink == 0 {
+                memory.opens.orphaned(self.ino);
+            }
         }
         let mut layout = None;
         if open.read && attr.kind() == v1::Kind::File && attr.size > 0 {

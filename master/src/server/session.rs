@@ -3,8 +3,9 @@
 use super::connection::{Connection, Link, Rights};
 use super::nodes::millis;
 use super::term::Term;
-use super::{Gone, HELLO_WAIT, Shared, store_failed};
+use super::{Gone, HELLO_WAIT, Shared, requests, store_failed};
 use crate::leases::locks::{Kind, Lock, Owner, Range};
+use crate::leases::opens::Access;
 use crate::state;
 use dfs_env::rpc::Peer;
 use dfs_proto::v1::{self, ClientFrame, ErrorCode, Hello, MasterFrame, Timestamp, Welcome};
@@ -93,9 +94,9 @@ async fn hello(shared: Arc<Shared>, peer: &str, mut inbound: Streaming<ClientFra
     };
     // The rest of the first frame counts like any other's.
     let rest = ClientFrame { hello: None, ..first };
-    match attach(&shared, peer, hello).await {
+    let rights = if shared.squashes_root_of(peer) { Rights::RootIsNobody } else { Rights::AsSaid };
+    match attach(&shared, rights, hello).await {
         Ok((link, welcome)) => {
-            let rights = if welcome.root_squash { Rights::RootIsNobody } else { Rights::AsSaid };
             let frame = MasterFrame { welcome: Some(welcome), ..MasterFrame::default() };
             let connection = Connection::new(link, rights, inbound, rest)?;
             Some((Ok(frame), Stage::Serving(Box::new(connection))))
@@ -110,7 +111,7 @@ async fn hello(shared: Arc<Shared>, peer: &str, mut inbound: Streaming<ClientFra
 }
 
 /// Opens a session or takes one up again.
-async fn attach(shared: &Arc<Shared>, peer: &str, hello: Hello) -> Result<(Link, Welcome), Refusal> {
+async fn attach(shared: &Arc<Shared>, rights: Rights, hello: Hello) -> Result<(Link, Welcome), Refusal> {
     check(shared, &hello)?;
     let term = shared.term().await?;
     let session = if hello.session == 0 {
@@ -122,7 +123,7 @@ async fn attach(shared: &Arc<Shared>, peer: &str, hello: Hello) -> Result<(Link,
     };
     let expired = || FsError::new(ErrorCode::ErrorSessionExpired, format!("session {session} has expired"));
     let locks = held_locks(session, &hello.locks);
-    let opens = hello.opens.iter().map(|open| (InodeNo(open.ino), open.count));
+    let opens = held_opens(&term, rights, hello.opens)?;
     let now = term.now();
     let (link, last) = {
         let mut memory = term.memory();
@@ -141,7 +142,7 @@ async fn attach(shared: &Arc<Shared>, peer: &str, hello: Hello) -> Result<(Link,
         chunk_size: term.chunk_size,
         version: PROTOCOL_VERSION,
         term: term.number,
-        root_squash: shared.squashes_root_of(peer),
+        root_squash: rights == Rights::RootIsNobody,
     };
     Ok((link, welcome))
 }
@@ -176,6 +177,24 @@ async fn resume(term: &Term, session: SessionId, nonce: u64) -> Result<(), Refus
             Err(FsError::new(ErrorCode::ErrorSessionExpired, format!("session {session} has expired")).into())
         }
     }
+}
+
+/// The opens that a client asserts, and what they allow.
+fn held_opens(
+    term: &Term,
+    rights: Rights,
+    opens: Vec<v1::OpenFile>,
+) -> Result<Vec<(InodeNo, u32, Access)>, FsError> {
+    let kv = term.kv();
+    let allowed = opens.into_iter().map(|open| {
+        let [reader, writer] =
+            [open.reader, open.writer].map(|cred| cred.map(|cred| requests::cred(Some(cred), rights)));
+        let ino = InodeNo(open.ino);
+        let (read, write) = state::access_of_holder(&*kv, ino, reader.as_ref(), writer.as_ref())
+            .map_err(|error| store_failed("looking at open files", &error))?;
+        Ok((ino, open.count, Access { read, write }))
+    });
+    allowed.collect()
 }
 
 fn held_locks(session: SessionId, locks: &[v1::HeldLock]) -> Vec<(InodeNo, Lock)> {

@@ -23,7 +23,7 @@ use dfs_proto::{FsError, SessionId};
 pub use invariants::check_invariants;
 pub use kv::{Kv, MemKv, WriteSet};
 use ops::{Caller, State, attr, chunk, create, data, orphan, remove, rename, session, xattr};
-pub use query::{check_open, layout, query};
+pub use query::{access_of_holder, check_open, layout, query};
 pub use read::*;
 use rows::{OpResult, answered, corrupt, refused};
 use std::io;

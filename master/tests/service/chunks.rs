@@ -4,8 +4,9 @@ use crate::daemon::{self, Daemon, Memory};
 use crate::harness::*;
 use dfs_proto::token::Rights;
 use dfs_proto::v1::{
-    AllocChunks, ChunkAccess, Commit, CommitSlice, ErrorCode, GetChunks, GetSlices, NodeHello, Open,
-    SealChunk, StatFs, Unlink, answer::Body, hold, mutation, query,
+    AllocChunks, ChunkAccess, Commit, CommitSlice, CopyRange, Cred, ErrorCode, Fallocate, GetChunks,
+    GetSlices, Hello, NodeHello, Open, OpenFile, SealChunk, SetAttr, StatFs, Unlink, answer::Body, hold,
+    mutation, query,
 };
 use dfs_proto::{ChunkId, SessionId};
 use std::collections::BTreeSet;
@@ -40,8 +41,10 @@ async fn commit(client: &mut Client, ino: u64, chunk: &ChunkAccess, length: u64)
     code(&client.mutate(mutation::Op::Commit(commit)).await)
 }
 
-async fn chunk(client: &mut Client, chunk: u64) -> ChunkAccess {
-    match client.query(query::Op::GetChunks(GetChunks { chunks: vec![chunk] })).await {
+/// A chunk that the beginning of an open file lies in.
+async fn chunk(client: &mut Client, ino: u64, chunk: u64) -> ChunkAccess {
+    let question = GetChunks { chunks: vec![chunk], ino, offsets: vec![0] };
+    match client.query(query::Op::GetChunks(question)).await {
         Body::Chunks(mut chunks) => chunks.chunks.remove(0),
         other => panic!("get chunks was answered {other:?}"),
     }
@@ -74,11 +77,6 @@ async fn chunks_are_placed_on_distinct_hosts_with_tokens_for_their_owner() {
         assert_eq!(session, Ok(SessionId(owner.welcome.session)));
     }
     let mut other = client(master.address()).await;
-    let seen = chunk(&mut other, chunks[0].chunk).await;
-    assert!(may(&seen, Rights::READ) && !may(&seen, Rights::APPEND));
-    let own = chunk(&mut owner, chunks[0].chunk).await;
-    assert!(may(&own, Rights::READ) && may(&own, Rights::APPEND));
-
     let file = owner.create("f", true).await;
     assert_eq!(commit(&mut owner, file.ino, &chunks[0], 100).await, ErrorCode::ErrorOk);
     let open = Open { ino: file.ino, read: true, ..Open::default() };
@@ -90,6 +88,8 @@ async fn chunks_are_placed_on_distinct_hosts_with_tokens_for_their_owner() {
     let slices = GetSlices { ino: file.ino, offset: 0, length: 1000, max_slices: 10 };
     let Body::Layout(asked) = other.query(query::Op::GetSlices(slices)).await else { panic!("no layout") };
     assert_eq!(asked.slices, layout.slices);
+    let seen = chunk(&mut other, file.ino, chunks[0].chunk).await;
+    assert!(may(&seen, Rights::READ) && !may(&seen, Rights::APPEND));
 
     let Body::StatFs(stats) = other.query(query::Op::StatFs(StatFs {})).await else { panic!("no stats") };
     assert_eq!((stats.total_bytes, stats.free_bytes), ((400 << 30) / 3, (240 << 30) / 3));
@@ -124,7 +124,7 @@ async fn a_failed_chunk_is_sealed_without_the_short_replica_which_comes_back_whe
         assert!(alive < 120, "never sealed");
     }
     assert_eq!(daemons[0].sealed(access.chunk), Some(100), "cut to what is committed");
-    let sealed = chunk(&mut client, access.chunk).await;
+    let sealed = chunk(&mut client, file.ino, access.chunk).await;
     assert!(sealed.sealed && sealed.length == 100 && sealed.epoch == 2);
     let nodes: BTreeSet<u64> = sealed.replicas.iter().map(|replica| replica.node).collect();
     assert_eq!(nodes, BTreeSet::from([1, 2]));
@@ -136,7 +136,7 @@ async fn a_failed_chunk_is_sealed_without_the_short_replica_which_comes_back_whe
     let third = daemon::start(master.address(), 3, memory).await;
     for number in 200.. {
         client.keep_alive(number).await;
-        if chunk(&mut client, access.chunk).await.replicas.len() == 3 {
+        if chunk(&mut client, file.ino, access.chunk).await.replicas.len() == 3 {
             break;
         }
         assert!(number < 500, "never added");
@@ -253,5 +253,65 @@ async fn daemons_must_prove_who_they_are() {
     let twin = refused(daemon::hello(1, 2)).await;
     assert_eq!(twin.code(), ErrorCode::ErrorConflict);
     assert_eq!(twin.message, "node 0000000000000001 is in use by another daemon at 127.0.0.1:9001");
+    master.shutdown().await;
+}
+
+/// What only an open file allows: each by the number of a file, and with which right.
+async fn by_number(client: &mut Client, ino: u64, chunk: &ChunkAccess, other: u64) -> [ErrorCode; 7] {
+    let slices = GetSlices { ino, offset: 0, length: 1000, max_slices: 10 };
+    let chunks = GetChunks { chunks: vec![chunk.chunk], ino, offsets: vec![0] };
+    let cut = SetAttr { ino, size: Some(50), by_handle: true, ..SetAttr::default() };
+    let punch =
+        Fallocate { ino, offset: 0, length: 10, keep_size: true, punch_hole: true, ..Fallocate::default() };
+    let copy = |from, to| CopyRange { from, from_offset: 0, to, to_offset: 0, length: 10, kill_priv: false };
+    let empty = Commit { ino, ..Commit::default() };
+    [
+        code(&client.query(query::Op::GetSlices(slices)).await),
+        code(&client.query(query::Op::GetChunks(chunks)).await),
+        code(&client.mutate(mutation::Op::CopyRange(copy(ino, other))).await),
+        code(&client.mutate(mutation::Op::CopyRange(copy(other, ino))).await),
+        code(&client.mutate(mutation::Op::SetAttr(cut)).await),
+        code(&client.mutate(mutation::Op::Fallocate(punch)).await),
+        code(&client.mutate(mutation::Op::Commit(empty)).await),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_only_an_open_file_allows_is_refused_to_whoever_has_not_opened_it_for_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let master = start(dir.path()).await;
+    let mut owner = client(master.address()).await;
+    let _daemons = daemons(master.address(), &[1, 2, 3]).await;
+    let access = alloc(&mut owner, 1).await.remove(0);
+    let file = owner.create("f", true).await;
+    assert_eq!(commit(&mut owner, file.ino, &access, 100).await, ErrorCode::ErrorOk);
+
+    let mut liar = client(master.address()).await;
+    let mine = liar.create("mine", true).await;
+    let (ok, no) = (ErrorCode::ErrorOk, ErrorCode::ErrorAccess);
+    assert_eq!(by_number(&mut liar, file.ino, &access, mine.ino).await, [no; 7]);
+    let open = |read, write| hold::Op::Open(Open { ino: file.ino, read, write, ..Open::default() });
+    assert_eq!(code(&liar.hold(open(false, false)).await), ErrorCode::ErrorInvalid);
+    assert_eq!(by_number(&mut liar, file.ino, &access, mine.ino).await, [no; 7]);
+    assert_eq!(code(&liar.hold(open(true, false)).await), ok);
+    assert_eq!(by_number(&mut liar, file.ino, &access, mine.ino).await, [ok, ok, ok, no, no, no, no]);
+    assert_eq!(code(&liar.hold(open(false, true)).await), ok);
+    assert_eq!(by_number(&mut liar, file.ino, &access, mine.ino).await, [ok; 7]);
+
+    // After a failover nobody has more than he can show to be his.
+    let user = Cred { uid: 9, gid: 9, groups: Vec::new() };
+    let held = |cred: Cred| {
+        vec![OpenFile { ino: file.ino, count: 1, reader: Some(cred.clone()), writer: Some(cred) }]
+    };
+    let resume = |cred: Cred| Hello { opens: held(cred), ..liar.resume() };
+    let (theirs, roots) = (resume(user), resume(Cred::default()));
+    master.shutdown().await;
+    let master = start(dir.path()).await;
+    let mut liar = serve(master.address(), theirs).await.after(&liar);
+    // Made by root with mode 0644: anybody may read it, nobody else write.
+    let after = by_number(&mut liar, file.ino, &access, file.ino).await;
+    assert_eq!((after[0], after[4], after[5], after[6]), (ok, no, no, no));
+    let mut liar = serve(master.address(), roots).await.after(&liar);
+    assert_eq!(by_number(&mut liar, file.ino, &access, file.ino).await[4..], [ok; 3]);
     master.shutdown().await;
 }

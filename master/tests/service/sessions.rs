@@ -161,7 +161,8 @@ async fn an_open_file_survives_a_restart_of_the_master_and_goes_with_its_session
     let attr = first.create("held", true).await;
     let unlink = Unlink { parent: ROOT, name: "held".into(), directory: false };
     first.mutate(mutation::Op::Unlink(unlink)).await;
-    let resume = Hello { opens: vec![OpenFile { ino: attr.ino, count: 1 }], ..first.resume() };
+    let resume =
+        Hello { opens: vec![OpenFile { ino: attr.ino, count: 1, ..OpenFile::default() }], ..first.resume() };
     master.shutdown().await;
 
     let master = start(dir.path()).await;

@@ -43,7 +43,12 @@ pub fn set_with_bytes(
     inode: &mut Inode,
     op: &v1::SetAttr,
 ) -> OpResult<()> {
-    if op.size.is_some() || op.flags.is_some() || op.replicas.is_some() || op.chunk_size.is_some() {
+    if op.by_handle
+        || op.size.is_some()
+        || op.flags.is_some()
+        || op.replicas.is_some()
+        || op.chunk_size.is_some()
+    {
         return refused(ErrorCode::ErrorInvalid, "only mode, owner and times are set together with bytes");
     }
     check_flags(inode, op)?;

@@ -34,8 +34,15 @@ pub fn commit(s: &mut State<'_>, by: &Caller<'_>, op: &v1::Commit) -> OpResult<B
     if op.slices.len() > COMMIT_SLICES_MAX {
         return refused(ErrorCode::ErrorInvalid, "too many slices in one commit");
     }
+    if inode.has_flag(FLAG_IMMUTABLE) {
+        return refused(ErrorCode::ErrorNotPermitted, "the immutable flag is set");
+    }
+    let size_before = inode.attr.size;
     for slice in &op.slices {
         let end = range_end(slice.file_offset, slice.length)?;
+        if inode.has_flag(FLAG_APPEND) && slice.file_offset < size_before {
+            return refused(ErrorCode::ErrorNotPermitted, "the append-only flag is set");
+        }
         check_appendable(s, by, slice)?;
         place(s, &mut inode, slice, ByteOffset(end))?;
         inode.attr.size = inode.attr.size.max(end);
