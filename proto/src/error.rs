@@ -55,7 +55,7 @@ impl From<FsError> for v1::Failure {
 impl From<std::io::Error> for FsError {
     fn from(error: std::io::Error) -> Self {
         let code = match error.kind() {
-            std::io::ErrorKind::StorageFull => ErrorCode::ErrorNoSpace,
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => ErrorCode::ErrorNoSpace,
             std::io::ErrorKind::TimedOut => ErrorCode::ErrorTimedOut,
             _ => ErrorCode::ErrorIo,
         };

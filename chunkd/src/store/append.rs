@@ -10,6 +10,7 @@ use dfs_proto::checksum::units_match;
 use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::{CHUNK_SIZE_MAX, RECORD_MAX};
 use dfs_proto::{ByteLen, ByteOffset, Epoch, FsResult, InodeNo};
+use std::io::ErrorKind::{QuotaExceeded, StorageFull};
 use std::io::IoSlice;
 
 /// Zeroes that a small append writes behind itself. An fdatasync of bytes that lengthen a file or get their first blocks
@@ -138,7 +139,11 @@ impl Chunk {
         let Some((dir, _)) = &state.place else {
             return Err(self.error(ErrorCode::ErrorIo, "it has no place"));
         };
-        self.shared.dirs.admit(dir, bytes)
+        // Zeroes that stand there already are accounted for.
+        match (state.position + bytes).saturating_sub(state.file_bytes) {
+            0 => Ok(()),
+            more => self.shared.dirs.admit(dir, more),
+        }
     }
 
     /// An answered record that is sent again must be the one that is here.
@@ -237,7 +242,7 @@ impl Chunk {
                 Ok(())
             }
             Err(error) => {
-                let full = error.kind() == std::io::ErrorKind::StorageFull;
+                let full = matches!(error.kind(), StorageFull | QuotaExceeded);
                 let error = failed("writing", path, error);
                 if !full {
                     dir.fail(&error);
@@ -310,7 +315,7 @@ impl Chunk {
                     *state = here.clone();
                     return Ok(());
                 }
-                Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+                Err(error) if matches!(error.kind(), StorageFull | QuotaExceeded) => {
                     return Err(failed("creating", &path, error));
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {

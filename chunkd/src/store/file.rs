@@ -48,7 +48,9 @@ pub struct Chunk {
     pub(super) state: Mutex<State>,
     /// Every data record while the chunk is not sealed; empty afterwards. Locked after `state`.
     pub(super) index: Mutex<Vec<Entry>>,
-    /// Lock order: the store's map, `jobs`, `syncs`, `state`, `index`.
+    /// Held from an fdatasync until what it said is noted: the kernel tells of an error once, to whichever comes first.
+    pub(super) syncing: Mutex<()>,
+    /// Lock order: the store's map, `jobs`, `syncs`, `syncing`, `state`, `index`.
     pub(super) jobs: Mutex<Jobs>,
     pub(super) syncs: Mutex<durable::Syncs>,
     /// Counts what got done, so that those who wait can tell slow from stuck.
@@ -105,6 +107,7 @@ impl Chunk {
             index: Mutex::default(),
             jobs: Mutex::default(),
             syncs: Mutex::default(),
+            syncing: Mutex::default(),
             progress: AtomicU64::new(0),
         }
     }
@@ -195,6 +198,7 @@ impl Chunk {
     /// # Errors
     /// When the disk fails now, or failed an earlier sync of this chunk.
     pub fn sync(&self) -> FsResult<Held> {
+        let _alone = lock(&self.syncing);
         let state = self.snapshot();
         if state.sync_failed {
             return Err(state.broken.unwrap_or_else(|| self.error(ErrorCode::ErrorIo, "a sync failed")));
@@ -206,11 +210,6 @@ impl Chunk {
         match durable::sync_file(&*self.shared.env.disk, &*file, path, state.name_synced) {
             Ok(()) => {
                 let mut now = lock(&self.state);
-                if now.sync_failed {
-                    // At the same time as this one. The kernel tells of an error once: to whichever of the two.
-                    let error = now.broken.clone();
-                    return Err(error.unwrap_or_else(|| self.error(ErrorCode::ErrorIo, "a sync failed")));
-                }
                 if now.generation != state.generation {
                     return Err(self.error(ErrorCode::ErrorNoChunk, "it was deleted meanwhile"));
                 }

@@ -301,6 +301,12 @@ async fn zeroes_are_not_what_fills_a_disk() {
         add(&store, 1, at * 4_000, 4_000, true).await.expect("there is room for the bytes");
     }
     assert!(disk.content(&path()).expect("there").len() < 120_000);
+    // Nor do they stand in their own way.
+    let disk = TestDisk::default();
+    let store = store_of(&disk, Some(266_600), &["/a"]).await;
+    for at in 0..60 {
+        add(&store, 1, at * 4_000, 4_000, true).await.expect("the zeroes make room");
+    }
 }
 
 #[tokio::test]
