@@ -334,6 +334,14 @@ class OpenFiles(Base):
         os.write(fd, b"end")
         self.assertEqual(read("f"), b"abcdefghiend")
 
+    def test_a_program_need_not_be_readable_to_be_run(self):
+        subprocess.check_call(["cp", "/bin/true", "program"])
+        os.chmod("program", 0o711)
+        self.assertEqual(as_user(USER, lambda: read("program")), errno.EACCES)
+        self.assertEqual(as_user(USER, lambda: os.execv("program", ["program"])), 0)
+        os.chmod("program", 0o744)
+        self.assertEqual(as_user(USER, lambda: os.execv("program", ["program"])), errno.EACCES)
+
     def test_a_running_program_is_not_written(self):
         subprocess.check_call(["cp", "/bin/sleep", "program"])
         child = subprocess.Popen(["./program", "60"])
