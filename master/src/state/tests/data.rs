@@ -279,6 +279,29 @@ fn commits_are_refused_whole_when_a_chunk_is_fenced() {
 }
 
 #[test]
+fn append_only_files_take_commits_behind_their_end_and_immutable_ones_none() {
+    let w = World::new();
+    let (ino, mut writer) = (w.file("f"), w.writer());
+    let mut commit = |places: &[(u64, u64)]| {
+        let slices = places.iter().map(|(at, length)| writer.slice(*at, *length)).collect();
+        let commit = v1::Commit { ino, slices, ..v1::Commit::default() };
+        w.mutate(&root(), mutation::Op::Commit(commit)).map(drop).map_err(|error| error.code)
+    };
+    let flags = |flags| {
+        w.set_attr(&root(), v1::SetAttr { ino, flags: Some(flags), ..v1::SetAttr::default() }).unwrap();
+    };
+    assert_eq!(commit(&[(0, 10)]), Ok(()));
+    flags(rows::FLAG_APPEND);
+    assert_eq!(commit(&[(5, 10)]), Err(ErrorCode::ErrorNotPermitted));
+    assert_eq!(commit(&[(15, 5), (10, 5)]), Ok(()));
+    flags(rows::FLAG_IMMUTABLE);
+    assert_eq!(commit(&[(20, 5)]), Err(ErrorCode::ErrorNotPermitted));
+    flags(0);
+    assert_eq!(commit(&[(0, 5)]), Ok(()));
+    w.check();
+}
+
+#[test]
 fn commits_name_bytes_that_can_be_there_and_are_nobody_elses() {
     let w = World::new();
     let ino = w.file("f");
