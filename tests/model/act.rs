@@ -356,7 +356,15 @@ impl Side {
                 Op::GetLock { slot, kind, start, length } => {
                     self.lock(libc::F_GETLK, *slot, *kind, *start, *length, data)
                 }
-                Op::Flock { slot, how } => i64::from(libc::flock(self.fd(*slot), *how)),
+                Op::Flock { slot, how } => {
+                    let done = libc::flock(self.fd(*slot), *how);
+                    if done < 0 && errno() == libc::EAGAIN {
+                        // A local file system has given up the lock that was to become another one, dfs has kept it.
+                        libc::flock(self.fd(*slot), libc::LOCK_UN);
+                        *libc::__errno_location() = libc::EAGAIN;
+                    }
+                    i64::from(done)
+                }
                 Op::Umask { mask } => {
                     // The process has one for both trees.
                     libc::umask(*mask);

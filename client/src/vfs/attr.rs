@@ -107,8 +107,11 @@ impl Client {
             Err(error) => {
                 self.inner.cache.forget_attr(ino);
                 let gone = error.code == ErrorCode::ErrorStale;
-                let changed =
-                    if gone { self.inner.remains.change(&change, self.inner.master.now()) } else { None };
+                let changed = if gone {
+                    self.inner.remains.change(cred, &change, self.inner.master.now())
+                } else {
+                    None
+                };
                 changed.ok_or(error)
             }
         }

@@ -4,13 +4,17 @@
 
 use crate::write::attrs::AttrSet;
 use dfs_proto::InodeNo;
-use dfs_proto::v1::{Attr, Kind, SetAttr, Timestamp};
+use dfs_proto::v1::{Attr, Cred, Kind, SetAttr, Timestamp};
 use lru::LruCache;
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The least recently used are forgotten; what asks for them then gets ESTALE.
 const INODES: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+
+const SET_UID: u32 = 0o4000;
+const SET_GID: u32 = 0o2000;
+const GROUP_EXEC: u32 = 0o010;
 
 pub struct Remains(Mutex<LruCache<InodeNo, Attr>>);
 
@@ -37,13 +41,20 @@ impl Remains {
     }
 
     /// Changes attributes of what is gone: the kernel has checked the right to.
-    pub fn change(&self, change: &SetAttr, now: Timestamp) -> Option<Attr> {
+    pub fn change(&self, cred: &Cred, change: &SetAttr, now: Timestamp) -> Option<Attr> {
         let mut inodes = self.lock();
         let attr = inodes.get_mut(&InodeNo(change.ino))?;
         let mut change = *change;
         change.atime = if std::mem::take(&mut change.atime_now) { Some(now) } else { change.atime };
         change.mtime = if std::mem::take(&mut change.mtime_now) { Some(now) } else { change.mtime };
-        AttrSet::of(&change)?.show(attr);
+        let chowned = std::mem::take(&mut change.kill_priv) || change.uid.is_some() || change.gid.is_some();
+        let set = AttrSet::of(&change)?;
+        if chowned && attr.kind != Kind::Dir as i32 {
+            let member = cred.uid == 0 || cred.gid == attr.gid || cred.groups.contains(&attr.gid);
+            let set_gid = if attr.mode & GROUP_EXEC != 0 || !member { SET_GID } else { 0 };
+            attr.mode &= !(SET_UID | set_gid);
+        }
+        set.show(attr);
         attr.ctime = Some(now);
         Some(*attr)
     }
@@ -55,7 +66,7 @@ mod tests {
 
     #[test]
     fn removed_directories_keep_their_attributes_for_those_who_have_them() {
-        let remains = Remains::default();
+        let (remains, root) = (Remains::default(), Cred::default());
         let now = Timestamp { seconds: 9, nanos: 0 };
         let dir = Attr { ino: 7, kind: Kind::Dir.into(), mode: 0o755, ..Attr::default() };
         remains.keep(&Attr { nlink: 1, ..dir });
@@ -63,10 +74,14 @@ mod tests {
         assert_eq!(remains.attr(InodeNo(7)), None);
         remains.keep(&dir);
         let change = SetAttr { ino: 7, mode: Some(0o700), mtime_now: true, ..SetAttr::default() };
-        let changed = remains.change(&change, now).expect("kept");
+        let changed = remains.change(&root, &change, now).expect("kept");
         assert_eq!((changed.mode, changed.mtime, changed.ctime), (0o700, Some(now), Some(now)));
         assert_eq!(remains.attr(InodeNo(7)), Some(changed));
-        assert_eq!(remains.change(&SetAttr { size: Some(1), ..change }, now), None);
-        assert_eq!(remains.change(&SetAttr { ino: 8, ..change }, now), None);
+        assert_eq!(remains.change(&root, &SetAttr { size: Some(1), ..change }, now), None);
+        assert_eq!(remains.change(&root, &SetAttr { ino: 8, ..change }, now), None);
+        // Whoever owns it now has not made it set-user-id.
+        remains.keep(&Attr { ino: 9, kind: Kind::Fifo.into(), mode: 0o6755, ..Attr::default() });
+        let chown = SetAttr { ino: 9, uid: Some(5), ..SetAttr::default() };
+        assert_eq!(remains.change(&root, &chown, now).map(|attr| attr.mode), Some(0o755));
     }
 }
