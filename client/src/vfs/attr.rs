@@ -99,6 +99,8 @@ impl Client {
         match answer {
             Ok(attr) => {
                 self.inner.cache.learn(&attr);
+                // Removed, but not freed yet: then this is what is left of it.
+                self.inner.remains.keep(&attr);
                 if policy {
                     self.inner.follow_policy(&attr);
                 }

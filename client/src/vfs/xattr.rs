@@ -82,6 +82,7 @@ impl Client {
         match self.inner.master.mutate(cred, change).await.and_then(entry) {
             Ok(attr) => {
                 self.inner.cache.learn(&attr);
+                self.inner.remains.keep(&attr);
                 // The change may have been one of replicas or chunk size.
                 self.inner.follow_policy(&attr);
                 Ok(())
