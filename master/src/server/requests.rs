@@ -346,7 +346,9 @@ impl<'l> Opening<'l> {
         let ino = InodeNo(open.ino);
         let mut memory = link.term.memory();
         let counts = memory.serves(link.session, link.generation) && memory.opens.open(link.session, ino);
-        counts.then_some(Self { link, ino, granted: false })
+        drop(memory);
+        // Made only when it counts: dropping one takes the lock and takes a count back.
+        counts.then(|| Self { link, ino, granted: false })
     }
 
     fn look(mut self, cred: &Cred, open: &v1::Open) -> Answer {
