@@ -3,8 +3,8 @@
 use crate::harness::*;
 use dfs_proto::PROTOCOL_VERSION;
 use dfs_proto::v1::{
-    ClientFrame, ErrorCode, GetAttr, Hello, OpenFile, Query, ReadDir, Request, StatFs, Unlink, answer::Body,
-    hold, mutation, query, request,
+    ClientFrame, Close, ErrorCode, GetAttr, Hello, Open, OpenFile, Query, ReadDir, Request, StatFs, Unlink,
+    answer::Body, hold, mutation, query, request,
 };
 use std::time::Duration;
 
@@ -200,4 +200,30 @@ async fn root_of_a_squashed_network_is_nobody() {
         assert_eq!(code(&root.mutate(create("file", false)).await), wanted, "{network}");
         master.shutdown().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_inode_may_be_opened_by_number_while_it_is_being_freed() {
+    let dir = tempfile::tempdir().unwrap();
+    let master = start(dir.path()).await;
+    let (mut owner, mut other) = (client(master.address()).await, client(master.address()).await);
+    let mut stale = 0;
+    for round in 0..100 {
+        let name = format!("f{round}");
+        let ino = owner.create(&name, true).await.ino;
+        let unlink = Unlink { parent: ROOT, name: name.into(), directory: false };
+        owner.mutate(mutation::Op::Unlink(unlink)).await;
+        // The last close lets it be freed; meanwhile somebody goes on opening it.
+        owner.send(hold_op(hold::Op::Close(Close { ino }))).await;
+        for _ in 0..1000 {
+            let open = Open { ino, read: true, ..Open::default() };
+            if code(&other.hold(hold::Op::Open(open)).await) == ErrorCode::ErrorStale {
+                stale += 1;
+                break;
+            }
+            other.hold(hold::Op::Close(Close { ino })).await;
+        }
+    }
+    assert!(stale > 0, "it was never met while it was being freed");
+    master.shutdown().await;
 }
