@@ -1,7 +1,7 @@
 //! What every part of dfs must agree on: protocols, identifiers, units, errors, limits, checksums and tokens. No I/O.
 
 pub mod checksum;
-mod cred;
+pub mod cred;
 pub mod error;
 pub mod ids;
 pub mod limits;

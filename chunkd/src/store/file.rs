@@ -193,6 +193,14 @@ impl Chunk {
         Ok(file)
     }
 
+    /// Refuses, with its cause, what follows a sync that failed.
+    pub(super) fn check_synced(&self, state: &State) -> FsResult<()> {
+        if !state.sync_failed {
+            return Ok(());
+        }
+        Err(state.broken.clone().unwrap_or_else(|| self.error(ErrorCode::ErrorIo, "a sync failed")))
+    }
+
     /// Makes everything written so far durable. Blocks.
     ///
     /// # Errors
@@ -200,9 +208,7 @@ impl Chunk {
     pub fn sync(&self) -> FsResult<Held> {
         let _alone = lock(&self.syncing);
         let state = self.snapshot();
-        if state.sync_failed {
-            return Err(state.broken.unwrap_or_else(|| self.error(ErrorCode::ErrorIo, "a sync failed")));
-        }
+        self.check_synced(&state)?;
         let Some((dir, path)) = &state.place else {
             return Err(self.error(ErrorCode::ErrorNoChunk, "there is no such chunk here"));
         };

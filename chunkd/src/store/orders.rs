@@ -173,9 +173,7 @@ impl Chunk {
         let index = Arc::new(lock(&self.index).clone());
         let (at, sum) = (record.end_position(), state.digest);
         let _alone = lock(&self.syncing);
-        if lock(&self.state).sync_failed {
-            return Err(self.error(ErrorCode::ErrorIo, "a sync failed"));
-        }
+        self.check_synced(&self.snapshot())?;
         let end = match recovery::write_footer(&**file, &header, epoch, at, &index, sum) {
             Ok(end) => end,
             Err(error) => {

@@ -3,13 +3,11 @@
 use super::attr::check_end;
 use super::{Client, Inner, OpenFile, OpenFlags, Privileges, attr_of, own_cred, unexpected};
 use bytes::Bytes;
+use dfs_proto::cred::PRIVILEGED;
 use dfs_proto::v1::{self, Cred, ErrorCode, answer, hold};
 use dfs_proto::{FsError, FsResult, InodeNo};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-
-/// Set-user-id and set-group-id.
-const PRIVILEGED: u32 = 0o6000;
 
 impl Client {
     /// Opens a regular file: the master checks the right to and keeps the inode while it is open. Its first slices come

@@ -12,10 +12,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// The least recently used are forgotten; what asks for them then gets ESTALE.
 const INODES: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 
-const SET_UID: u32 = 0o4000;
-const SET_GID: u32 = 0o2000;
-const GROUP_EXEC: u32 = 0o010;
-
 pub struct Remains(Mutex<LruCache<InodeNo, Attr>>);
 
 impl Default for Remains {
@@ -50,9 +46,7 @@ impl Remains {
         let chowned = std::mem::take(&mut change.kill_priv) || change.uid.is_some() || change.gid.is_some();
         let set = AttrSet::of(&change)?;
         if chowned && attr.kind != Kind::Dir as i32 {
-            let member = cred.uid == 0 || cred.gid == attr.gid || cred.groups.contains(&attr.gid);
-            let set_gid = if attr.mode & GROUP_EXEC != 0 || !member { SET_GID } else { 0 };
-            attr.mode &= !(SET_UID | set_gid);
+            attr.mode = cred.end_privileges(attr.mode, attr.gid);
         }
         set.show(attr);
         attr.ctime = Some(now);

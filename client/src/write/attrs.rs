@@ -2,11 +2,8 @@
 //! one command. Unpacking an archive writes a file, sets its times, owner and mode, and closes it. Pure.
 
 use super::RunNo;
+use dfs_proto::cred::{PRIVILEGED, SET_GID};
 use dfs_proto::v1::{Attr, Cred, SetAttr, Timestamp};
-
-/// Set-user-id and set-group-id.
-const PRIVILEGED: u32 = 0o6000;
-const SET_GID: u32 = 0o2000;
 
 /// What may be set together with bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

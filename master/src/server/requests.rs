@@ -90,14 +90,19 @@ pub async fn mutate(
     Ok(Done::Reply(reply(seq, answer)))
 }
 
+/// What the session has opened an inode for.
+fn opened(link: &Link, ino: u64) -> Result<Access, FsError> {
+    link.term.memory().opens.access(link.session, InodeNo(ino)).ok_or_else(|| not_opened(ino))
+}
+
+fn not_opened(ino: u64) -> FsError {
+    FsError::new(ErrorCode::ErrorAccess, format!("this session has not opened inode {ino} for that"))
+}
+
 /// Refuses what only an open file allows, and this session has not opened it for that.
 fn check_opens(link: &Link, op: Option<&mutation::Op>) -> Result<(), FsError> {
-    let memory = link.term.memory();
     let has = |ino: u64, wanted: fn(Access) -> bool| {
-        if memory.opens.access(link.session, InodeNo(ino)).is_some_and(wanted) {
-            return Ok(());
-        }
-        Err(FsError::new(ErrorCode::ErrorAccess, format!("this session has not opened inode {ino} for that")))
+        if wanted(opened(link, ino)?) { Ok(()) } else { Err(not_opened(ino)) }
     };
     match op {
         Some(mutation::Op::Commit(commit)) => has(commit.ino, |access| access.write),
@@ -270,19 +275,15 @@ pub async fn read(link: Arc<Link>, reads: Vec<Read>) -> Result<Done, Gone> {
 }
 
 fn ask(link: &Link, cred: &Cred, query: &Query) -> Answer {
-    let opened = match &query.op {
-        Some(query::Op::GetSlices(slices)) => Some(slices.ino),
-        Some(query::Op::GetChunks(chunks)) => Some(chunks.ino),
-        _ => None,
+    let access = match &query.op {
+        Some(query::Op::GetSlices(slices)) => opened(link, slices.ino),
+        Some(query::Op::GetChunks(chunks)) => opened(link, chunks.ino),
+        _ => Ok(Access { read: true, write: false }),
     };
-    let mut reads = true;
-    if let Some(ino) = opened {
-        let Some(access) = link.term.memory().opens.access(link.session, InodeNo(ino)) else {
-            let text = format!("this session has not opened inode {ino}");
-            return failed(FsError::new(ErrorCode::ErrorAccess, text));
-        };
-        reads = access.read;
-    }
+    let reads = match access {
+        Ok(access) => access.read,
+        Err(error) => return failed(error),
+    };
     match state::query(&*link.term.kv(), cred, query) {
         Ok(mut answer) => {
             // Whoever has it open for writing only may see where its bytes are (lseek), but gets no token for them.

@@ -12,18 +12,17 @@ pub const READ: u32 = 4;
 pub const WRITE: u32 = 2;
 pub const EXEC: u32 = 1;
 
-pub const SET_UID: u32 = 0o4000;
-pub const SET_GID: u32 = 0o2000;
+pub use dfs_proto::cred::{GROUP_EXEC, SET_GID};
+
 pub const STICKY: u32 = 0o1000;
-pub const GROUP_EXEC: u32 = 0o010;
 const ANY_EXEC: u32 = 0o111;
 
 pub fn is_root(cred: &Cred) -> bool {
-    cred.uid == 0
+    cred.is_root()
 }
 
 pub fn in_group(cred: &Cred, gid: u32) -> bool {
-    cred.gid == gid || cred.groups.contains(&gid)
+    cred.in_group(gid)
 }
 
 /// Owner of the inode, or somebody with CAP_FOWNER.

@@ -7,7 +7,8 @@ use crate::inodes::Seen;
 use crate::killable::{Patience, Refuse};
 use bytes::Bytes;
 use dfs_client::{Closing, OpenFile, Privileges, SeekKind};
-use dfs_proto::v1::{self, Attr, ErrorCode};
+use dfs_proto::cred::PRIVILEGED;
+use dfs_proto::v1::{self, Attr, Cred, ErrorCode};
 use dfs_proto::{FsError, FsResult, InodeNo};
 use fuser::{
     Errno, FileHandle, FopenFlags, Generation, ReplyCreate, ReplyEmpty, ReplyLseek, ReplyOpen, ReplyWrite,
@@ -20,8 +21,6 @@ use std::time::Instant;
 /// The most one copy_file_range answers for; the kernel takes 32 bits and asks again for the rest.
 const COPY_MAX: u64 = 1 << 31;
 
-/// Set-user-id and set-group-id.
-const PRIVILEGED: u32 = 0o6000;
 /// The extended attribute that holds a program's capabilities.
 const CAPABILITY: &[u8] = b"security.capability";
 
@@ -114,15 +113,16 @@ impl Shared {
         // Shared pages are written back through any handle, at their own place.
         let write_back = to.write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let ends_privileges = to.write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        let ended_by = |cred| if ends_privileges { Privileges::EndedBy(cred) } else { Privileges::Keep };
-        let caller = Caller::of(request);
+        let ended_by = |cred: fn(Caller) -> Cred| {
+            if ends_privileges { Privileges::EndedBy(cred(Caller::of(request))) } else { Privileges::Keep }
+        };
         let append = file.append && to.open_flags & libc::O_APPEND != 0 && !write_back;
         let written = u32::try_from(data.len()).expect("a write is below 16 MiB");
         self.inodes.wrote(file.open.ino);
         if !append {
             let _runtime = self.runtime.enter();
             // Which groups the writer is in is asked for when it counts.
-            let privileges = ended_by(caller.without_groups());
+            let privileges = ended_by(Caller::without_groups);
             let now = AssertUnwindSafe(|| self.client.try_write(&file.open, to.offset, data, &privileges));
             match std::panic::catch_unwind(now) {
                 Ok(Some(Ok(()))) => return reply.written(written),
@@ -138,7 +138,7 @@ impl Shared {
         }
         let patience = if write_back { Patience::Endless } else { Patience::Killed };
         let data = Bytes::copy_from_slice(data);
-        let privileges = if ends_privileges { ended_by(caller.cred()) } else { Privileges::Keep };
+        let privileges = ended_by(Caller::cred);
         self.serve(request, reply, patience, move |fs, answer| async move {
             let done = if append {
                 fs.append(&file, to.offset, &data, &privileges).await

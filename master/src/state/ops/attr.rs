@@ -1,7 +1,7 @@
 //! chmod, chown, truncate, utimensat and chattr, in the order of notify_change() and setattr_prepare() of the kernel.
 
 use super::{Caller, State, data, entry};
-use crate::state::access::{self, GROUP_EXEC, SET_GID, SET_UID, WRITE};
+use crate::state::access::{self, SET_GID, WRITE};
 use crate::state::acl;
 use crate::state::kv::Tx;
 use crate::state::rows::{FLAG_APPEND, FLAG_IMMUTABLE, FLAGS_MODIFIABLE, Inode, OpResult, refused};
@@ -107,17 +107,8 @@ fn set_times(s: &State<'_>, inode: &mut Inode, op: &v1::SetAttr) {
 /// setuid and setgid end when somebody else's bytes or owner come in: setattr_should_drop_suidgid() of the kernel.
 pub fn drop_privileges(s: &mut State<'_>, writer: &Cred, inode: &mut Inode) -> OpResult<()> {
     drop_capability(s, inode)?;
-    inode.attr.mode = unprivileged(writer, inode);
+    inode.attr.mode = writer.end_privileges(inode.attr.mode, inode.attr.gid);
     Ok(())
-}
-
-/// The mode without the bits that end so.
-fn unprivileged(cred: &Cred, inode: &Inode) -> u32 {
-    let mode = inode.attr.mode;
-    let member = access::is_root(cred) || access::in_group(cred, inode.attr.gid);
-    // Without execute permission for the group the bit means mandatory locking: members may keep it.
-    let set_gid = if mode & GROUP_EXEC != 0 || !member { SET_GID } else { 0 };
-    mode & !SET_UID & !set_gid
 }
 
 /// The same after a write or a truncate, which leave root's bits alone but not capabilities.
@@ -184,8 +175,10 @@ fn check_owner(cred: &Cred, inode: &Inode, op: &v1::SetAttr) -> OpResult<()> {
         return refused(ErrorCode::ErrorInvalid, "-1 is nobody's number");
     }
     // A chown that names nobody, which chown(2) allows to anyone, ends privileges nevertheless.
-    let drops =
-        op.kill_priv && op.size.is_none() && !inode.is_dir() && unprivileged(cred, inode) != attr.mode;
+    let drops = op.kill_priv
+        && op.size.is_none()
+        && !inode.is_dir()
+        && cred.end_privileges(attr.mode, attr.gid) != attr.mode;
     if (op.mode.is_some() || drops) && !access::owns(cred, attr) {
         return refused(ErrorCode::ErrorNotPermitted, "the mode is the owner's to change");
     }
