@@ -12,6 +12,8 @@ up
 chmod 755 "$WORK" "$MNT"
 mkdir "$MNT/promises"
 chmod 755 "$MNT/promises"
+. "$HOME_DIR/cluster.env"
+export DFS_MASTERS
 timeout 600 python3 "$ROOT/tests/posix/promises.py" "$MNT/promises" "$@" 2>"$WORK/promises.log" || { cat "$WORK/promises.log"; fail "a promise is broken"; }
 step "$(grep -E '^Ran ' "$WORK/promises.log")"
 
