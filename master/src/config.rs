@@ -5,9 +5,10 @@ use dfs_env::Env;
 use dfs_proto::limits;
 use dfs_proto::token::ClusterKey;
 use dfs_proto::units::{ByteSize, format_bytes};
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -247,7 +248,7 @@ impl File {
             state_cache_bytes: self.state_cache.get(),
             snapshot_every_entries: self.snapshot_every,
             session_ttl_ms: ttl.ok_or_else(|| ConfigError("session_ttl_s is too large".to_owned()))?,
-            root_squash: self.root_squash,
+            root_squash: self.root_squash.into_iter().map(canonical).collect(),
             raft_heartbeat_ms: self.raft_heartbeat_ms,
             raft_election_ms: self.raft_election_ms,
             storage: Storage::Disk,
@@ -278,6 +279,16 @@ fn within(name: &str, value: u64, least: u64, most: u64) -> Result<(), ConfigErr
         least / scale,
         most / scale
     )))
+}
+
+/// A network of IPv4 addresses written as IPv6 ones (`::ffff:10.0.0.0/104`), as what it is: peers are compared so.
+fn canonical(network: IpNet) -> IpNet {
+    match (network.addr().to_canonical(), network.prefix_len().checked_sub(96)) {
+        (IpAddr::V4(address), Some(prefix)) if matches!(network, IpNet::V6(_)) => {
+            Ipv4Net::new(address, prefix).map_or(network, IpNet::V4)
+        }
+        _ => network,
+    }
 }
 
 fn check_address(name: &str, address: &str) -> Result<(), ConfigError> {
@@ -341,6 +352,15 @@ mod tests {
         assert!(error.contains("missing field `listen`"), "{error}");
         let error = check(&LEAST.replace("127.0.0.1", "0.0.0.0")).map(|_| ()).expect_err("unreachable");
         assert!(error.contains("advertise is missing"), "{error}");
+    }
+
+    #[test]
+    fn networks_are_kept_as_peers_are_compared() {
+        let text = "root_squash = [\"::ffff:10.0.0.0/104\", \"10.1.0.0/16\", \"fd00:1::/32\"]\n";
+        let networks = check(&format!("{LEAST}{text}")).expect("valid").root_squash;
+        let expected =
+            ["10.0.0.0/8", "10.1.0.0/16", "fd00:1::/32"].map(|net| net.parse().expect("a network"));
+        assert_eq!(networks, expected);
     }
 
     #[test]
