@@ -65,6 +65,8 @@ pub const REAP_ROWS_MAX: usize = 4096;
 
 /// How long a session outlives its last keep-alive.
 pub const SESSION_TTL_MS: u64 = 20_000;
+/// How long a session may take to give a lease back without committing anything of the inode meanwhile; then it is cut off.
+pub const RECALL_MS: u64 = 10_000;
 /// How often a client says that it lives.
 pub const KEEP_ALIVE_MS: u64 = 2_000;
 /// How long an append may make no progress before the chunk is given up.

@@ -167,6 +167,7 @@ fn sessions(term: &Term) -> Vec<SessionStatus> {
         last_seen_ms: millis(now.saturating_sub(session.seen)),
         opens: memory.opens.count(*id) as u64,
         locks: memory.locks.count(*id) as u64,
+        leases: memory.leases.count(*id) as u64,
     });
     status.collect()
 }

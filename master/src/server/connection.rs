@@ -13,16 +13,17 @@ use super::requests;
 use super::session::gone;
 use super::term::Term;
 use super::{Gone, RAFT_WAIT};
-use dfs_proto::SessionId;
+use crate::leases::table::{self, Kind};
 use dfs_proto::limits::{FRAME_BYTES_MAX, FRAME_REQUESTS_MAX, SESSION_WINDOW};
-use dfs_proto::v1::{ClientFrame, MasterFrame, Reply, hold, request};
+use dfs_proto::v1::{ClientFrame, LeaseKind, MasterFrame, Recall, Reply, hold, request};
+use dfs_proto::{InodeNo, SessionId};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use prost::Message;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tonic::{Status, Streaming};
 
 /// Which stream of which session a request belongs to. The session is detached with the last of them.
@@ -54,11 +55,18 @@ pub enum Rights {
     RootIsNobody,
 }
 
+/// An answer, and the inodes of which the session was given leases with it.
+pub struct Answered {
+    pub reply: Reply,
+    pub leases: Vec<InodeNo>,
+}
+
 /// What a running request ended with.
 #[allow(clippy::large_enum_variant, reason = "nearly all of them are single replies")]
 pub enum Done {
-    Reply(Reply),
-    Replies(Vec<Reply>),
+    Reply(Answered),
+    /// Answers, and what is to run until it has further ones.
+    Replies(Vec<Answered>, Vec<Running>),
     /// A keep-alive to send back.
     Alive(u64),
 }
@@ -74,7 +82,9 @@ pub struct Connection {
     running: FuturesUnordered<Running>,
     /// Requests that came in and whose answers did not go out yet.
     unanswered: usize,
-    replies: VecDeque<Reply>,
+    replies: VecDeque<Answered>,
+    /// There is something to ask the client for.
+    wake: Arc<Notify>,
     keep_alive: u64,
     lowest_unanswered: u64,
     ended: watch::Receiver<bool>,
@@ -92,6 +102,7 @@ impl Connection {
         first: ClientFrame,
     ) -> Option<Self> {
         let (ended, replaced) = (link.term.ended(), link.replaced.clone());
+        let wake = link.term.memory().sessions.get(&link.session)?.wake.clone();
         let mut connection = Self {
             link: Arc::new(link),
             rights,
@@ -99,6 +110,7 @@ impl Connection {
             running: FuturesUnordered::new(),
             unanswered: 0,
             replies: VecDeque::new(),
+            wake,
             keep_alive: 0,
             lowest_unanswered: 0,
             ended,
@@ -135,6 +147,8 @@ impl Connection {
                         return Some(Ok(gone(why)));
                     }
                 }
+                // What there is to ask for goes out with the next frame.
+                () = self.wake.notified() => {}
                 frame = self.inbound.message(), if !self.leaving && self.unanswered < SESSION_WINDOW => {
                     match frame {
                         Ok(Some(frame)) => {
@@ -164,6 +178,18 @@ impl Connection {
             self.leaving = true;
             term.memory().cancel_waits(self.link.session);
         }
+        if !frame.returned.is_empty() {
+            let (mut memory, now) = (term.memory(), term.now());
+            for returned in &frame.returned {
+                let keep = match returned.keep() {
+                    LeaseKind::LeaseNone => None,
+                    LeaseKind::LeaseRead => Some(Kind::Read),
+                    LeaseKind::LeaseWrite => Some(Kind::Write),
+                };
+                memory.leases.returned(self.link.session, InodeNo(returned.ino), returned.grant, keep, now);
+            }
+            memory.dispatch();
+        }
         if frame.keep_alive != 0 {
             self.running.push(alive(Arc::clone(&self.link), frame.keep_alive).boxed());
         }
@@ -184,6 +210,9 @@ impl Connection {
                     Some(hold::Op::GetLock(lock)) => {
                         self.running.push(requests::get_lock(link, seq, lock).boxed());
                     }
+                    Some(hold::Op::TakeLease(take)) => {
+                        self.running.push(requests::take_lease(link, seq, take).boxed());
+                    }
                     Some(op) => reads.push(requests::Read { seq, cred, op: requests::ReadOp::Hold(op) }),
                     None => self.replies.push_back(requests::not_understood(seq)),
                 },
@@ -203,15 +232,21 @@ impl Connection {
     fn finish(&mut self, result: Result<Done, Gone>) -> Result<(), Gone> {
         match result? {
             Done::Reply(reply) => self.replies.push_back(reply),
-            Done::Replies(replies) => self.replies.extend(replies),
+            Done::Replies(replies, waiting) => {
+                self.replies.extend(replies);
+                self.running.extend(waiting);
+            }
             Done::Alive(number) => self.keep_alive = self.keep_alive.max(number),
         }
         Ok(())
     }
 
-    /// The answers that wait, as many as fit into a frame.
+    /// The answers that wait, as many as fit into a frame, and after them what the client is asked for.
     fn take_frame(&mut self) -> Option<MasterFrame> {
-        if self.replies.is_empty() && self.keep_alive == 0 {
+        let session = self.link.session;
+        let mut memory = self.link.term.memory();
+        let recalls = memory.take_recalls(session);
+        if self.replies.is_empty() && self.keep_alive == 0 && recalls.is_empty() {
             return None;
         }
         let mut frame =
@@ -219,11 +254,26 @@ impl Connection {
         let mut bytes = 0;
         while frame.replies.len() < FRAME_REQUESTS_MAX
             && bytes < FRAME_BYTES_MAX
-            && let Some(reply) = self.replies.pop_front()
+            && let Some(Answered { mut reply, leases }) = self.replies.pop_front()
         {
+            if !leases.is_empty() {
+                let (number, grants) = memory.leases.sent(session, &leases);
+                reply.grant = number;
+                for (ino, kind) in grants {
+                    match kind {
+                        Kind::Read => reply.read_leases.push(ino.get()),
+                        Kind::Write => reply.write_leases.push(ino.get()),
+                    }
+                }
+            }
             bytes += reply.encoded_len();
             frame.replies.push(reply);
         }
+        // Leases that somebody wanted before this frame told of them.
+        memory.dispatch();
+        let late = memory.take_recalls(session);
+        frame.recalls = recalls.into_iter().chain(late).map(recall_of).collect();
+        drop(memory);
         self.unanswered = self.unanswered.saturating_sub(frame.replies.len());
         Some(frame)
     }
@@ -240,6 +290,15 @@ impl Connection {
             Err(_) => Some(Ok(gone(self.link.term.shared.leader()))),
         }
     }
+}
+
+fn recall_of(recall: table::Recall) -> Recall {
+    let keep = match recall.keep {
+        None => LeaseKind::LeaseNone,
+        Some(Kind::Read) => LeaseKind::LeaseRead,
+        Some(Kind::Write) => LeaseKind::LeaseWrite,
+    };
+    Recall { ino: recall.ino.get(), grant: recall.grant, keep: keep.into() }
 }
 
 /// A keep-alive counts only if a quorum confirmed this leader after it arrived.

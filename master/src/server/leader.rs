@@ -2,10 +2,12 @@
 
 use super::term::Term;
 use super::{Gone, Shared, census, sealing, space};
+use crate::leases::table::Kind;
 use crate::raft::Leadership;
 use crate::state;
 use dfs_proto::v1::{self, system};
-use dfs_proto::{InodeNo, SessionId};
+use dfs_proto::{InodeNo, SessionId, limits};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -17,6 +19,8 @@ const EXPIRY_TICK: Duration = Duration::from_millis(250);
 const STALL: Duration = Duration::from_secs(2);
 /// What a session gets on top of its time to live: clients give up before the master does.
 const EXPIRY_MARGIN: Duration = Duration::from_secs(2);
+/// How long a session may take to give a lease back without any sign of being at it.
+const RECALL_WAIT: Duration = Duration::from_millis(limits::RECALL_MS);
 /// How often unused orphans are freed, and how many with one command.
 const REAP_TICK: Duration = Duration::from_millis(50);
 const REAP_BATCH: usize = 256;
@@ -44,6 +48,7 @@ pub async fn run(shared: Arc<Shared>) {
             tracing::info!(term = number, "leading");
             shared.term.send_replace(Some(Arc::clone(term)));
             work.spawn(expire_sessions(Arc::clone(term)));
+            work.spawn(note_leases(Arc::clone(term)));
             work.spawn(free_orphans(Arc::clone(term)));
             work.spawn(sealing::run(Arc::clone(term)));
             work.spawn(space::run(Arc::clone(term)));
@@ -97,7 +102,34 @@ async fn begin(shared: &Arc<Shared>, number: u64) -> Option<Arc<Term>> {
     }
 }
 
-/// Closes sessions that were silent for too long.
+/// Has the log note where sessions are about to hold leases, many at a time.
+async fn note_leases(term: Arc<Term>) {
+    let wanted = Arc::clone(&term.memory().notes_wanted);
+    loop {
+        wanted.notified().await;
+        let mut notes: BTreeMap<SessionId, v1::LeaseNote> = BTreeMap::new();
+        for (session, kind, bucket) in term.memory().take_notes() {
+            let note = notes.entry(session);
+            let note = note.or_insert_with(|| v1::LeaseNote { session: session.get(), ..Default::default() });
+            match kind {
+                Kind::Read => note.read_buckets.push(bucket),
+                Kind::Write => note.write_buckets.push(bucket),
+            }
+        }
+        if notes.is_empty() {
+            continue;
+        }
+        let note = v1::NoteLeases { notes: notes.into_values().collect() };
+        let Ok(noted) = term.shared.system(system::Op::NoteLeases(note)).await else { return };
+        if let Err(error) = &noted {
+            tracing::error!(%error, "noting where leases are");
+        }
+        let now = term.now();
+        term.memory().noted(noted.is_ok(), now);
+    }
+}
+
+/// Closes sessions that were silent for too long, and cuts off those that do not give leases back.
 async fn expire_sessions(term: Arc<Term>) {
     let ttl = term.shared.settings.session_ttl;
     let mut not_before = term.elected + ttl;
@@ -115,6 +147,12 @@ async fn expire_sessions(term: Arc<Term>) {
         last = now;
         if now < not_before {
             continue;
+        }
+        {
+            let mut memory = term.memory();
+            for id in memory.leases.overdue(now.saturating_sub(RECALL_WAIT)) {
+                memory.fence(id);
+            }
         }
         for id in silent(&term, now.saturating_sub(ttl + EXPIRY_MARGIN)) {
             tracing::info!(session = %id, "a session expired");

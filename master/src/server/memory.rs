@@ -1,15 +1,22 @@
-//! What the leader knows of sessions, opens and locks: one struct behind one mutex, never held across an await.
+//! What the leader knows of sessions, leases, opens and locks: one struct behind one mutex, never held across an await.
 
 use crate::leases::locks::{Lock, LockTable, Outcome, WaiterId};
+use crate::leases::names::{Name, Names, Turn};
 use crate::leases::opens::{Access, Opens, Ticket};
+use crate::leases::table::{Actions, ClaimId, Kind, Leases, Notes, Recall, What};
 use dfs_proto::v1::SessionRow;
 use dfs_proto::{InodeNo, SessionId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 
 /// The most locks a session may hold and wait for.
 const LOCKS_PER_SESSION: usize = 65_536;
+/// The most leases of all sessions together: at [`BYTES_PER_LEASE`] this is 320 MB.
+///
+/// [`BYTES_PER_LEASE`]: crate::leases::table::BYTES_PER_LEASE
+const LEASES_MAX: usize = 2_000_000;
 
 /// A session as the leader sees it.
 pub struct Session {
@@ -21,6 +28,13 @@ pub struct Session {
     /// It is being closed: nobody attaches it any more.
     pub closing: bool,
     pub attached: bool,
+    /// It did not give back a lease in time: it is not listened to any more, and expires when it cannot believe any longer
+    /// that it holds one.
+    pub fenced: bool,
+    /// Leases to ask it for, when its stream sends next.
+    recalls: Vec<Recall>,
+    /// Wakes its stream.
+    pub wake: Arc<Notify>,
 }
 
 /// How a wait for a lock ended.
@@ -39,6 +53,15 @@ struct Waiting {
 /// All of it.
 pub struct Memory {
     pub sessions: BTreeMap<SessionId, Session>,
+    pub leases: Leases,
+    names: Names,
+    /// Who waits for a claim to pass, or for his turn with names.
+    claimants: BTreeMap<ClaimId, oneshot::Sender<()>>,
+    turns: BTreeMap<Turn, oneshot::Sender<()>>,
+    /// Buckets that the log is to note, and whom to tell of new ones.
+    notes: BTreeSet<(SessionId, Kind, u32)>,
+    noting: BTreeSet<(SessionId, Kind, u32)>,
+    pub notes_wanted: Arc<Notify>,
     pub opens: Opens,
     pub locks: LockTable,
     waiting: BTreeMap<WaiterId, Waiting>,
@@ -50,11 +73,22 @@ pub struct Memory {
 
 impl Memory {
     /// At an election: the sessions that exist, seen just now.
-    pub fn new(sessions: Vec<(SessionId, SessionRow)>, now: Duration) -> Self {
+    pub fn new(
+        sessions: Vec<(SessionId, SessionRow)>,
+        leased: BTreeMap<SessionId, Notes>,
+        now: Duration,
+    ) -> Self {
         let unclaimed = sessions.iter().map(|(id, _)| *id).collect();
         let sessions = sessions.into_iter().map(|(id, row)| (id, Session::new(row, now))).collect();
         Self {
             sessions,
+            leases: Leases::new(LEASES_MAX, leased),
+            names: Names::default(),
+            claimants: BTreeMap::new(),
+            turns: BTreeMap::new(),
+            notes: BTreeSet::new(),
+            noting: BTreeSet::new(),
+            notes_wanted: Arc::default(),
             opens: Opens::default(),
             locks: LockTable::new(LOCKS_PER_SESSION),
             waiting: BTreeMap::new(),
@@ -66,9 +100,10 @@ impl Memory {
     /// A stream takes a session over: the generation it serves under, and how it learns that another one took over.
     /// None: the session is not known or is being closed.
     pub fn attach(&mut self, id: SessionId, now: Duration) -> Option<(u64, watch::Receiver<u64>)> {
-        let session = self.sessions.get_mut(&id).filter(|session| !session.closing)?;
+        let session = self.sessions.get_mut(&id).filter(|session| !session.closing && !session.fenced)?;
         session.seen = now;
         session.attached = true;
+        session.recalls.clear();
         session.generation.send_modify(|generation| *generation += 1);
         let generation = session.generation.subscribe();
         let number = *generation.borrow();
@@ -91,8 +126,17 @@ impl Memory {
 
     /// A sign of life.
     pub fn seen(&mut self, id: SessionId, now: Duration) {
-        if let Some(session) = self.sessions.get_mut(&id) {
+        if let Some(session) = self.sessions.get_mut(&id).filter(|session| !session.fenced) {
             session.seen = session.seen.max(now);
+        }
+    }
+
+    /// Nothing is taken from a session any more: it does not give back what others need.
+    pub fn fence(&mut self, id: SessionId) {
+        if let Some(session) = self.sessions.get_mut(&id).filter(|session| !session.fenced) {
+            session.fenced = true;
+            session.generation.send_modify(|generation| *generation += 1);
+            tracing::warn!(session = %id, client = session.row.client, "a session does not give a lease back: it is cut off");
         }
     }
 
@@ -102,10 +146,17 @@ impl Memory {
         id: SessionId,
         opens: impl IntoIterator<Item = (InodeNo, u32, Access)>,
         locks: &[(InodeNo, Lock)],
+        leases: Option<Vec<(InodeNo, Kind)>>,
+        now: Duration,
     ) -> bool {
         self.opens.assert_held(id, opens);
         let granted = self.locks.assert_session(id, locks);
         self.wake(granted);
+        match leases {
+            Some(leases) => self.leases.assert_session(id, leases, now),
+            None => self.leases.end_session(id, now),
+        }
+        self.dispatch();
         self.claimed(id)
     }
 
@@ -124,8 +175,14 @@ impl Memory {
     }
 
     /// The session was closed by Raft: what it held is free. True: nobody is waited for any more.
-    pub fn end_session(&mut self, id: SessionId) -> bool {
+    pub fn end_session(&mut self, id: SessionId, now: Duration) -> bool {
         self.sessions.remove(&id);
+        self.leases.end_session(id, now);
+        self.notes.retain(|(session, ..)| *session != id);
+        self.dispatch();
+        // Its claims that waited are gone.
+        let leases = &self.leases;
+        self.claimants.retain(|id, _| leases.is_claim(*id));
         self.opens.end_session(id);
         let granted = self.locks.release_session(id);
         self.wake(granted);
@@ -202,9 +259,111 @@ impl Memory {
     }
 }
 
+/// Leases, names and those who wait for them.
+impl Memory {
+    /// Lines up for names. None: it is this one's turn already.
+    pub fn take_names(&mut self, names: Vec<Name>) -> (Turn, Option<oneshot::Receiver<()>>) {
+        let (turn, first) = self.names.take(names);
+        let waiting = (!first).then(|| {
+            let (sender, waiting) = oneshot::channel();
+            self.turns.insert(turn, sender);
+            waiting
+        });
+        (turn, waiting)
+    }
+
+    /// Gives names back, or stops waiting for them.
+    pub fn give_back_names(&mut self, turn: Turn) {
+        self.turns.remove(&turn);
+        for next in self.names.give_back(turn) {
+            if let Some(sender) = self.turns.remove(&next) {
+                // Whoever has gone gives it back by himself.
+                let _gone = sender.send(());
+            }
+        }
+    }
+
+    /// Makes a claim. None: it has passed already.
+    pub fn claim(
+        &mut self,
+        session: SessionId,
+        what: What,
+        inos: Vec<InodeNo>,
+        now: Duration,
+    ) -> (ClaimId, Option<oneshot::Receiver<()>>) {
+        let (id, passed) = self.leases.claim(session, what, inos, now);
+        let waiting = (!passed).then(|| {
+            let (sender, waiting) = oneshot::channel();
+            self.claimants.insert(id, sender);
+            waiting
+        });
+        self.dispatch();
+        (id, waiting)
+    }
+
+    /// A change has ended, or a claim is given up.
+    pub fn end_claim(&mut self, id: ClaimId, now: Duration) {
+        self.claimants.remove(&id);
+        self.leases.end(id, now);
+        self.dispatch();
+    }
+
+    /// Carries out what the lease table decided.
+    pub fn dispatch(&mut self) {
+        let Actions { passed, recalls, notes } = self.leases.take_actions();
+        for id in passed {
+            if let Some(sender) = self.claimants.remove(&id) {
+                // Whoever waited and has gone ends a change by himself; a lease that he took he does not name when he is back.
+                let _gone = sender.send(());
+            }
+        }
+        for recall in recalls {
+            if let Some(session) = self.sessions.get_mut(&recall.session) {
+                session.recalls.push(recall);
+                session.wake.notify_one();
+            }
+        }
+        let noting = &self.noting;
+        self.notes.extend(notes.into_iter().filter(|note| !noting.contains(note)));
+        if !self.notes.is_empty() {
+            self.notes_wanted.notify_one();
+        }
+    }
+
+    /// The buckets that the log is to note; [`Memory::noted`] follows.
+    pub fn take_notes(&mut self) -> BTreeSet<(SessionId, Kind, u32)> {
+        self.noting = std::mem::take(&mut self.notes);
+        self.noting.clone()
+    }
+
+    /// The log has noted what was taken, or has not (`done`).
+    pub fn noted(&mut self, done: bool, now: Duration) {
+        for (session, kind, bucket) in std::mem::take(&mut self.noting) {
+            if done {
+                self.leases.noted(session, kind, bucket, now);
+            }
+        }
+        self.dispatch();
+    }
+
+    /// The leases to ask a session for.
+    pub fn take_recalls(&mut self, session: SessionId) -> Vec<Recall> {
+        self.sessions.get_mut(&session).map_or_else(Vec::new, |session| std::mem::take(&mut session.recalls))
+    }
+}
+
 impl Session {
     /// A session that nothing serves yet.
     pub fn new(row: SessionRow, now: Duration) -> Self {
-        Self { row, seen: now, generation: watch::Sender::new(0), closing: false, attached: false }
+        Self {
+            row,
+            seen: now,
+            generation: watch::Sender::new(0),
+            closing: false,
+            attached: false,
+            fenced: false,
+            recalls: Vec::new(),
+            wake: Arc::default(),
+        }
     }
 }

@@ -6,6 +6,7 @@
 mod admin;
 mod answers;
 mod census;
+mod change;
 mod connection;
 mod control;
 mod jobs;

@@ -1,12 +1,14 @@
 //! Carries out one request, or the questions of one frame.
 
 use super::answers::Appends;
-use super::connection::{Done, Link, Rights};
+use super::change::{self, Change};
+use super::connection::{Answered, Done, Link, Rights};
 use super::memory::Verdict;
 use super::term::Term;
 use super::{Gone, answer, failed, store_failed};
-use crate::leases::locks::{Kind, Lock, Outcome, Owner, Range, WaiterId};
+use crate::leases::locks::{self, Lock, Outcome, Owner, Range, WaiterId};
 use crate::leases::opens::{Access, Ticket};
+use crate::leases::table::{Clock, Kind};
 use crate::placement::{Health, NoPlace};
 use crate::state::{self, Applied};
 use dfs_proto::limits::{ALLOC_CHUNKS_MAX, NODE_SUSPECT_MS, REPLICAS_MAX};
@@ -15,7 +17,9 @@ use dfs_proto::v1::{
     command, hold, mutation, query,
 };
 use dfs_proto::{ByteLen, ChunkId, FsError, InodeNo, NodeId};
+use futures::FutureExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Slices sent along with an Open.
@@ -35,13 +39,17 @@ pub fn cred(cred: Option<Cred>, rights: Rights) -> Cred {
 }
 
 /// The answer to a request of a kind this version does not have.
-pub fn not_understood(seq: u64) -> Reply {
+pub fn not_understood(seq: u64) -> Answered {
     let error = FsError::new(ErrorCode::ErrorNotSupported, "the request has no operation this master knows");
     reply(seq, failed(error))
 }
 
-fn reply(seq: u64, answer: Answer) -> Reply {
-    Reply { seq, answer: Some(answer) }
+fn reply(seq: u64, answer: Answer) -> Answered {
+    leased(seq, answer, Vec::new())
+}
+
+fn leased(seq: u64, answer: Answer, leases: Vec<InodeNo>) -> Answered {
+    Answered { reply: Reply { seq, answer: Some(answer), ..Reply::default() }, leases }
 }
 
 // ---- mutations ----
@@ -57,6 +65,15 @@ pub async fn mutate(
     if let Err(error) = check_opens(&link, mutation.op.as_ref()) {
         return Ok(Done::Reply(reply(seq, failed(error))));
     }
+    let Some(op) = &mutation.op else { return Ok(Done::Reply(not_understood(seq))) };
+    let change = match Change::begin(&link, op).await? {
+        Ok(change) => change,
+        Err(error) => return Ok(Done::Reply(reply(seq, failed(error)))),
+    };
+    if let mutation::Op::Commit(commit) = op {
+        let (ino, now) = (InodeNo(commit.ino), link.term.now());
+        link.term.memory().leases.progress(link.session, ino, now);
+    }
     let mut appends = Appends::None;
     let mut creating = None;
     match &mut mutation.op {
@@ -67,9 +84,9 @@ pub async fn mutate(
             }
         }
         Some(mutation::Op::Create(create)) if create.open => creating = Some(Creating::begin(&link)),
-        Some(_) => {}
-        None => return Ok(Done::Reply(not_understood(seq))),
+        Some(_) | None => {}
     }
+    let opening = creating.is_some();
     let linking = matches!(mutation.op, Some(mutation::Op::Link(_)));
     let command = Command {
         session: link.session.get(),
@@ -79,15 +96,18 @@ pub async fn mutate(
         cred: Some(cred),
         body: Some(command::Body::Mutation(mutation)),
     };
-    let mut answer = match link.term.shared.propose(command).await? {
+    let (applied, change) = change.propose(command).await?;
+    let mut answer = match applied {
         Applied::Answer(answer) => answer,
         Applied::System(_) => {
             failed(FsError::new(ErrorCode::ErrorIo, "the state machine took a request for a system command"))
         }
     };
     settle(&link, &answer, creating, linking);
+    let created = matches!(&answer.body, Some(Body::Entry(entry)) if entry.created);
+    let leases = change.end(&answer, opening && created);
     link.term.complete(link.session, &mut answer, appends);
-    Ok(Done::Reply(reply(seq, answer)))
+    Ok(Done::Reply(leased(seq, answer, leases)))
 }
 
 /// What the session has opened an inode for.
@@ -258,20 +278,60 @@ pub enum ReadOp {
 /// state holds everything that was answered before they arrived.
 pub async fn read(link: Arc<Link>, reads: Vec<Read>) -> Result<Done, Gone> {
     // An Open counts before it looks; see `leases/opens.rs`.
-    let opens = reads.iter().map(|read| Opening::begin(&link, read)).collect::<Vec<_>>();
+    let mut opens = reads.iter().map(|read| Opening::begin(&link, read)).collect::<Vec<_>>();
     link.term.shared.confirm().await?;
     let mut replies = Vec::with_capacity(reads.len());
-    for (at, (read, opening)) in reads.into_iter().zip(opens).enumerate() {
+    let mut waiting = Vec::new();
+    for (at, (read, opening)) in reads.into_iter().zip(opens.drain(..)).enumerate() {
         if at % READS_IN_A_ROW == READS_IN_A_ROW - 1 {
             tokio::task::yield_now().await;
         }
-        let answer = match read.op {
-            ReadOp::Query(query) => ask(&link, &read.cred, &query),
-            ReadOp::Hold(hold) => hold_now(&link, &read.cred, hold, opening),
-        };
-        replies.push(reply(read.seq, answer));
+        match look(&link, &read, opening.as_ref()) {
+            Ok((answer, leases)) => replies.push(leased(read.seq, answer, leases)),
+            Err(Hidden(ino)) => waiting.push(look_behind(Arc::clone(&link), read, opening, ino).boxed()),
+        }
     }
-    Ok(Done::Replies(replies))
+    Ok(Done::Replies(replies, waiting))
+}
+
+/// What an answer would say of this inode is not true: another session buffers changes of it.
+struct Hidden(InodeNo);
+
+/// Answers when the changes that another session buffers are committed.
+async fn look_behind(
+    link: Arc<Link>,
+    read: Read,
+    opening: Option<Opening>,
+    mut hidden: InodeNo,
+) -> Result<Done, Gone> {
+    loop {
+        change::see(&link, hidden).await?;
+        match look(&link, &read, opening.as_ref()) {
+            Ok((answer, leases)) => return Ok(Done::Reply(leased(read.seq, answer, leases))),
+            // A name that stands for something else by now, or somebody who was quicker.
+            Err(Hidden(ino)) => hidden = ino,
+        }
+    }
+}
+
+/// Answers a question or a hold from the applied state. With the answer go the inodes of which the session gets leases.
+fn look(link: &Arc<Link>, read: &Read, opening: Option<&Opening>) -> Result<(Answer, Vec<InodeNo>), Hidden> {
+    let seen = link.term.memory().leases.clock();
+    match &read.op {
+        ReadOp::Query(query) => {
+            let mut answer = ask(link, &read.cred, query);
+            let leases = lease_what_is_shown(link, query, &mut answer, seen)?;
+            Ok((answer, leases))
+        }
+        ReadOp::Hold(hold::Op::Open(open)) => match opening {
+            Some(opening) => opening.look(&read.cred, open, seen),
+            None => {
+                let gone = FsError::new(ErrorCode::ErrorStale, format!("inode {} is gone", open.ino));
+                Ok((failed(gone), Vec::new()))
+            }
+        },
+        ReadOp::Hold(hold) => Ok((hold_now(link, hold), Vec::new())),
+    }
 }
 
 fn ask(link: &Link, cred: &Cred, query: &Query) -> Answer {
@@ -296,13 +356,60 @@ fn ask(link: &Link, cred: &Cred, query: &Query) -> Answer {
     }
 }
 
-fn hold_now(link: &Link, cred: &Cred, hold: hold::Op, opening: Option<Opening<'_>>) -> Answer {
+/// Gives leases on what an answer shows. What others buffer is left out of a directory's page; any other answer that it
+/// would falsify is to be given again later.
+fn lease_what_is_shown(
+    link: &Link,
+    query: &Query,
+    answer: &mut Answer,
+    seen: Clock,
+) -> Result<Vec<InodeNo>, Hidden> {
+    use query::Op;
+    let (mut memory, session) = (link.term.memory(), link.session);
+    let dir = match &query.op {
+        Some(Op::Lookup(lookup)) => Some(lookup.parent),
+        Some(Op::ReadDir(read)) => Some(read.ino),
+        _ => None,
+    };
+    let ino = match (&query.op, &answer.body) {
+        (Some(Op::GetSlices(slices)), Some(Body::Layout(_))) => Some(slices.ino),
+        (Some(Op::GetXattr(xattr)), Some(Body::Data(_))) => Some(xattr.ino),
+        (Some(Op::ListXattr(xattr)), Some(Body::Names(_))) => Some(xattr.ino),
+        (Some(Op::ReadLink(link)), Some(Body::Data(_))) => Some(link.ino),
+        (_, Some(Body::Entry(entry))) => entry.attr.as_ref().map(|attr| attr.ino),
+        // Refused by what the attributes said.
+        (Some(Op::Access(access)), _) => Some(access.ino),
+        _ => None,
+    };
+    if let Some(ino) = ino.map(InodeNo).filter(|ino| memory.leases.is_hidden(session, *ino)) {
+        return Err(Hidden(ino));
+    }
+    let mut granted = Vec::new();
+    let known = |body: &Body| match body {
+        Body::Failure(failure) => failure.code() == ErrorCode::ErrorNotFound,
+        _ => true,
+    };
+    if answer.body.as_ref().is_some_and(known) {
+        granted.extend(dir.into_iter().chain(ino).map(InodeNo));
+    }
+    if let Some(Body::DirPage(page)) = &mut answer.body {
+        for entry in page.entries.iter_mut().filter(|entry| entry.attr.is_some()) {
+            let ino = InodeNo(entry.ino);
+            if memory.leases.is_hidden(session, ino) {
+                entry.attr = None;
+            } else {
+                granted.push(ino);
+            }
+        }
+    }
+    granted.retain(|ino| memory.leases.grant(session, *ino, Kind::Read, seen));
+    memory.dispatch();
+    Ok(granted)
+}
+
+fn hold_now(link: &Link, hold: &hold::Op) -> Answer {
     let term = &link.term;
     match hold {
-        hold::Op::Open(open) => match opening {
-            Some(opening) => opening.look(cred, &open),
-            None => failed(FsError::new(ErrorCode::ErrorStale, format!("inode {} is gone", open.ino))),
-        },
         hold::Op::Close(close) => {
             let ino = InodeNo(close.ino);
             let mut memory = term.memory();
@@ -323,9 +430,11 @@ fn hold_now(link: &Link, cred: &Cred, hold: hold::Op, opening: Option<Opening<'_
             term.memory().cancel_wait(link.session, cancel.seq);
             empty()
         }
-        hold::Op::SealChunk(seal) => seal_chunk(link, &seal),
+        hold::Op::SealChunk(seal) => seal_chunk(link, seal),
         // They may wait, and are carried out on their own.
-        hold::Op::Lock(_) | hold::Op::GetLock(_) => failed(ErrorCode::ErrorInvalid),
+        hold::Op::Open(_) | hold::Op::Lock(_) | hold::Op::GetLock(_) | hold::Op::TakeLease(_) => {
+            failed(ErrorCode::ErrorInvalid)
+        }
     }
 }
 
@@ -334,40 +443,52 @@ fn empty() -> Answer {
 }
 
 /// An Open that was counted, and is not granted yet.
-struct Opening<'l> {
-    link: &'l Link,
+struct Opening {
+    link: Arc<Link>,
     ino: InodeNo,
-    granted: bool,
+    granted: AtomicBool,
 }
 
-impl<'l> Opening<'l> {
+impl Opening {
     /// Counts the open. None: it is not an Open, or the inode is being freed.
-    fn begin(link: &'l Link, read: &Read) -> Option<Self> {
+    fn begin(link: &Arc<Link>, read: &Read) -> Option<Self> {
         let ReadOp::Hold(hold::Op::Open(open)) = &read.op else { return None };
         let ino = InodeNo(open.ino);
         let mut memory = link.term.memory();
         let counts = memory.serves(link.session, link.generation) && memory.opens.open(link.session, ino);
         drop(memory);
         // Made only when it counts: dropping one takes the lock and takes a count back.
-        counts.then(|| Self { link, ino, granted: false })
+        counts.then(|| Self { link: Arc::clone(link), ino, granted: AtomicBool::new(false) })
     }
 
-    fn look(mut self, cred: &Cred, open: &v1::Open) -> Answer {
-        let kv = self.link.term.kv();
+    fn look(&self, cred: &Cred, open: &v1::Open, seen: Clock) -> Result<(Answer, Vec<InodeNo>), Hidden> {
+        let (kv, session) = (self.link.term.kv(), self.link.session);
+        let refused = |error: FsError| Ok((failed(error), Vec::new()));
+        if self.link.term.memory().leases.is_hidden(session, self.ino) {
+            return Err(Hidden(self.ino));
+        }
         let attr = match state::check_open(&*kv, cred, open) {
             Ok(Ok(attr)) => attr,
-            Ok(Err(error)) => return failed(error),
-            Err(error) => return failed(store_failed("opening a file", &error)),
+            Ok(Err(error)) => return refused(error),
+            Err(error) => return refused(store_failed("opening a file", &error)),
         };
-        self.granted = true;
-        {
+        let leases = {
             let mut memory = self.link.term.memory();
+            if memory.leases.is_hidden(session, self.ino) {
+                return Err(Hidden(self.ino));
+            }
+            self.granted.store(true, Ordering::Relaxed);
             let access = Access { read: open.read || open.exec, write: open.write };
-            memory.opens.allow(self.link.session, self.ino, access);
+            memory.opens.allow(session, self.ino, access);
             if attr.nlink == 0 {
                 memory.opens.orphaned(self.ino);
             }
-        }
+            let alone = open.write && !memory.opens.is_written_by_another(session, self.ino);
+            let granted = (alone && memory.leases.grant(session, self.ino, Kind::Write, seen))
+                || memory.leases.grant(session, self.ino, Kind::Read, seen);
+            memory.dispatch();
+            if granted { vec![self.ino] } else { Vec::new() }
+        };
         let mut layout = None;
         if open.read && attr.kind() == v1::Kind::File && attr.size > 0 {
             match state::layout(&*kv, self.ino, 0, attr.size, OPEN_SLICES) {
@@ -380,20 +501,45 @@ impl<'l> Opening<'l> {
             }
         }
         let mut answer = answer(Body::Opened(v1::Opened { attr: Some(attr), layout }));
-        self.link.term.complete(self.link.session, &mut answer, Appends::None);
-        answer
+        self.link.term.complete(session, &mut answer, Appends::None);
+        Ok((answer, leases))
     }
 }
 
-impl Drop for Opening<'_> {
+impl Drop for Opening {
     fn drop(&mut self) {
-        if !self.granted {
+        if !*self.granted.get_mut() {
             let mut memory = self.link.term.memory();
             if memory.serves(self.link.session, self.link.generation) {
                 memory.opens.close(self.link.session, self.ino);
             }
         }
     }
+}
+
+/// Gives a lease, once nobody else's is in its way.
+pub async fn take_lease(link: Arc<Link>, seq: u64, take: v1::TakeLease) -> Result<Done, Gone> {
+    let ino = InodeNo(take.ino);
+    let kind = if take.kind() == v1::LeaseKind::LeaseWrite { Kind::Write } else { Kind::Read };
+    if kind == Kind::Write {
+        let access = opened(&link, take.ino);
+        if !access.as_ref().is_ok_and(|access| access.write) {
+            return Ok(Done::Reply(reply(seq, failed(access.err().unwrap_or_else(|| not_opened(take.ino))))));
+        }
+        link.term.shared.confirm().await?;
+        if link.term.memory().opens.is_written_by_another(link.session, ino) {
+            let shared = v1::Leased { shared: true, attr: None };
+            return Ok(Done::Reply(reply(seq, answer(Body::Leased(shared)))));
+        }
+    }
+    change::take(&link, ino, kind).await?;
+    link.term.shared.confirm().await?;
+    let body = match state::attr(&*link.term.kv(), ino) {
+        Ok(Some(attr)) => answer(Body::Leased(v1::Leased { shared: false, attr: Some(attr) })),
+        Ok(None) => failed(FsError::new(ErrorCode::ErrorStale, format!("inode {ino} is gone"))),
+        Err(error) => failed(store_failed("reading an inode", &error)),
+    };
+    Ok(Done::Reply(leased(seq, body, vec![ino])))
 }
 
 /// The client appends no more to one of its chunks.
@@ -423,7 +569,7 @@ fn seal_chunk(link: &Link, seal: &v1::SealChunk) -> Answer {
 
 // ---- locks ----
 
-fn wanted(link: &Link, lock: &v1::Lock, kind: Kind) -> Result<Lock, FsError> {
+fn wanted(link: &Link, lock: &v1::Lock, kind: locks::Kind) -> Result<Lock, FsError> {
     if lock.start > lock.end {
         return Err(FsError::new(ErrorCode::ErrorInvalid, "a lock that ends before it begins"));
     }
@@ -436,8 +582,8 @@ pub async fn lock(link: Arc<Link>, seq: u64, lock: v1::Lock) -> Result<Done, Gon
     let done = |answer| Ok(Done::Reply(reply(seq, answer)));
     let ino = InodeNo(lock.ino);
     let kind = match lock.r#type() {
-        v1::lock::Type::Read => Kind::Read,
-        v1::lock::Type::Write => Kind::Write,
+        v1::lock::Type::Read => locks::Kind::Read,
+        v1::lock::Type::Write => locks::Kind::Write,
         v1::lock::Type::Unlock => {
             let range = Range { start: lock.start, end: lock.end };
             if lock.start > lock.end {
@@ -502,8 +648,8 @@ impl Drop for Wait {
 pub async fn get_lock(link: Arc<Link>, seq: u64, lock: v1::GetLock) -> Result<Done, Gone> {
     let done = |answer| Ok(Done::Reply(reply(seq, answer)));
     let kind = match lock.r#type() {
-        v1::lock::Type::Read => Kind::Read,
-        v1::lock::Type::Write => Kind::Write,
+        v1::lock::Type::Read => locks::Kind::Read,
+        v1::lock::Type::Write => locks::Kind::Write,
         v1::lock::Type::Unlock => return done(failed(ErrorCode::ErrorInvalid)),
     };
     let owner = Owner { session: link.session, key: lock.owner };
@@ -519,8 +665,8 @@ pub async fn get_lock(link: Arc<Link>, seq: u64, lock: v1::GetLock) -> Result<Do
         start: held.range.start,
         end: held.range.end,
         r#type: match held.kind {
-            Kind::Read => v1::lock::Type::Read.into(),
-            Kind::Write => v1::lock::Type::Write.into(),
+            locks::Kind::Read => v1::lock::Type::Read.into(),
+            locks::Kind::Write => v1::lock::Type::Write.into(),
         },
         // A process of another machine means nothing here; fcntl(2) shows it as -1 or 0.
         pid: if held.owner.session == link.session { held.pid } else { 0 },

@@ -6,11 +6,13 @@ use super::term::Term;
 use super::{Gone, HELLO_WAIT, Shared, requests, store_failed};
 use crate::leases::locks::{Kind, Lock, Owner, Range};
 use crate::leases::opens::Access;
+use crate::leases::table as lease;
 use crate::state;
 use dfs_env::rpc::Peer;
 use dfs_proto::v1::{self, ClientFrame, ErrorCode, Hello, MasterFrame, Timestamp, Welcome};
 use dfs_proto::{FsError, InodeNo, PROTOCOL_VERSION, SessionId};
 use futures::Stream;
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use tonic::{Request, Response, Status, Streaming};
@@ -123,12 +125,13 @@ async fn attach(shared: &Arc<Shared>, rights: Rights, hello: Hello) -> Result<(L
     };
     let expired = || FsError::new(ErrorCode::ErrorSessionExpired, format!("session {session} has expired"));
     let locks = held_locks(session, &hello.locks);
+    let leases = hello.takes_leases.then(|| held_leases(&hello));
     let opens = held_opens(&term, rights, hello.opens)?;
     let now = term.now();
     let (link, last) = {
         let mut memory = term.memory();
         let (generation, replaced) = memory.attach(session, now).ok_or_else(expired)?;
-        let last = memory.assert_held(session, opens, &locks);
+        let last = memory.assert_held(session, opens, &locks, leases, now);
         (Link::new(Arc::clone(&term), session, generation, replaced), last)
     };
     term.reclaim(last);
@@ -195,6 +198,15 @@ fn held_opens(
         Ok((ino, open.count, Access { read, write }))
     });
     allowed.collect()
+}
+
+/// The leases that a client asserts; one that it names twice it holds to write.
+fn held_leases(hello: &Hello) -> Vec<(InodeNo, lease::Kind)> {
+    let all = |inos: &[u64], kind| inos.iter().map(move |ino| (InodeNo(*ino), kind)).collect::<Vec<_>>();
+    let mut held: BTreeMap<InodeNo, lease::Kind> =
+        all(&hello.read_leases, lease::Kind::Read).into_iter().collect();
+    held.extend(all(&hello.write_leases, lease::Kind::Write));
+    held.into_iter().collect()
 }
 
 fn held_locks(session: SessionId, locks: &[v1::HeldLock]) -> Vec<(InodeNo, Lock)> {

@@ -4,11 +4,13 @@ use super::jobs::Jobs;
 use super::memory::{Memory, Session};
 use super::nodes::Nodes;
 use super::{Gone, Shared, store_failed};
+use crate::leases::table::{Kind, Notes};
 use crate::placement::{Placement, SpreadByHost};
 use crate::state;
 use bytes::Bytes;
 use dfs_proto::v1::{self, ErrorCode, SessionRow, system, system_answer};
 use dfs_proto::{ChunkId, FsError, FsResult, SessionId};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -65,13 +67,18 @@ impl Term {
         let Some(cluster) = cluster else {
             return Ok(Err(FsError::new(ErrorCode::ErrorIo, "the cluster has no settings after Init")));
         };
-        let (sessions, nodes, unsealed) =
-            match (state::sessions(&*kv), state::nodes(&*kv), state::unsealed_chunks(&*kv)) {
-                (Ok(sessions), Ok(nodes), Ok(unsealed)) => (sessions, nodes, unsealed),
-                (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => {
-                    return Ok(Err(read("reading sessions, daemons and chunks", error)));
-                }
-            };
+        let rows = || {
+            Ok((
+                state::sessions(&*kv)?,
+                state::leased(&*kv)?,
+                state::nodes(&*kv)?,
+                state::unsealed_chunks(&*kv)?,
+            ))
+        };
+        let (sessions, leased, nodes, unsealed) = match rows() {
+            Ok(rows) => rows,
+            Err(error) => return Ok(Err(read("reading sessions, daemons and chunks", error))),
+        };
         let elected = shared.env.clock.boot();
         let alone = sessions.is_empty();
         let term = Arc::new(Self {
@@ -84,7 +91,7 @@ impl Term {
             jobs: Jobs::default(),
             placement: Box::new(SpreadByHost),
             census: Mutex::default(),
-            memory: Mutex::new(Memory::new(sessions, elected)),
+            memory: Mutex::new(Memory::new(sessions, notes_of(leased), elected)),
             ended: watch::Sender::new(false),
             reclaimed: watch::Sender::new(alone),
         });
@@ -196,8 +203,23 @@ impl Term {
             Ok(_) => {}
             Err(error) => tracing::warn!(session = %id, %error, "closing a session"),
         }
-        let last = self.memory().end_session(id);
+        let now = self.now();
+        let last = self.memory().end_session(id, now);
         self.reclaim(last);
         Ok(())
     }
+}
+
+/// Where each session may hold leases.
+fn notes_of(leased: Vec<(SessionId, v1::LeaseKind, u32)>) -> BTreeMap<SessionId, Notes> {
+    let mut notes: BTreeMap<SessionId, Notes> = BTreeMap::new();
+    for (session, kind, bucket) in leased {
+        let notes = notes.entry(session).or_default();
+        match kind {
+            v1::LeaseKind::LeaseRead => notes.add(Kind::Read, bucket),
+            v1::LeaseKind::LeaseWrite => notes.add(Kind::Write, bucket),
+            v1::LeaseKind::LeaseNone => {}
+        }
+    }
+    notes
 }

@@ -22,6 +22,7 @@
 //! 0d   ino                                     one byte, Orphan: an inode without a name
 //! 0e   chunk                                   Timestamp: sealed and without live bytes since then
 //! 0f   node, chunk                             nothing: the node holds a replica of the chunk
+//! 10   session, lease kind, bucket             nothing: the session may hold such leases on inodes of the bucket
 //! ```
 
 use dfs_proto::{ByteOffset, ChunkId, InodeNo, NodeId, SessionId};
@@ -52,6 +53,7 @@ pub mod tag {
     pub const ORPHAN: u8 = 0x0d;
     pub const IDLE: u8 = 0x0e;
     pub const REPLICA: u8 = 0x0f;
+    pub const LEASED: u8 = 0x10;
 }
 
 /// A range of keys: from the first, up to but without the second.
@@ -214,6 +216,18 @@ pub fn answers(session: SessionId, from: u64, to: u64) -> KeyRange {
 #[must_use]
 pub fn answers_of(session: SessionId) -> KeyRange {
     all_with(key(tag::ANSWER, &[session.get()], &[]))
+}
+
+/// `kind`: as [`dfs_proto::v1::LeaseKind`] numbers it.
+#[must_use]
+pub fn leased(session: SessionId, kind: u64, bucket: u32) -> Vec<u8> {
+    key(tag::LEASED, &[session.get(), kind, bucket.into()], &[])
+}
+
+/// Where the session may hold leases.
+#[must_use]
+pub fn leased_of(session: SessionId) -> KeyRange {
+    all_with(key(tag::LEASED, &[session.get()], &[]))
 }
 
 #[must_use]

@@ -17,6 +17,7 @@ pub mod read;
 mod rows;
 #[cfg(test)]
 mod tests;
+mod touched;
 
 use dfs_proto::v1::{self, ErrorCode, Timestamp, answer, command, mutation, system, system_answer};
 use dfs_proto::{FsError, SessionId};
@@ -27,6 +28,7 @@ pub use query::{access_of_holder, check_open, layout, query};
 pub use read::*;
 use rows::{OpResult, answered, corrupt, refused};
 use std::io;
+pub use touched::{names_of, touched};
 
 /// The version of the log's batches.
 pub const BATCH_VERSION: u32 = 1;
@@ -205,6 +207,7 @@ fn apply_system(s: &mut State<'_>, op: &v1::System) -> OpResult<system_answer::B
         Some(system::Op::Reap(op)) => orphan::reap(s, op),
         Some(system::Op::AddReplica(op)) => chunk::add_replica(s, op),
         Some(system::Op::DropChunks(op)) => chunk::drop_chunks(s, op),
+        Some(system::Op::NoteLeases(op)) => session::note_leases(s, op),
         None => refused(ErrorCode::ErrorNotSupported, "a command this master does not know"),
     }
 }

@@ -3,8 +3,8 @@
 
 use super::keys::{self, tag};
 use super::kv::{Kv, Tx};
-use super::rows::{decode, number};
-use dfs_proto::v1::{self, Timestamp};
+use super::rows::{corrupt, decode, number};
+use dfs_proto::v1::{self, LeaseKind, Timestamp};
 use dfs_proto::{ChunkId, InodeNo, NodeId, SessionId};
 use std::io;
 
@@ -22,6 +22,19 @@ pub fn session(kv: &dyn Kv, session: SessionId) -> io::Result<Option<v1::Session
 pub fn sessions(kv: &dyn Kv) -> io::Result<Vec<(SessionId, v1::SessionRow)>> {
     Tx::new(kv).collect(&keys::table(tag::SESSION), usize::MAX, |key, value| {
         Ok((SessionId(number(key, 0)?), decode(key, value)?))
+    })
+}
+
+/// Where sessions may hold leases: the session, what kind, the bucket.
+pub fn leased(kv: &dyn Kv) -> io::Result<Vec<(SessionId, LeaseKind, u32)>> {
+    Tx::new(kv).collect(&keys::table(tag::LEASED), usize::MAX, |key, _| {
+        let number_32 = |index| {
+            let number = number(key, index)?;
+            u32::try_from(number).map_err(|_| corrupt(key, "a number of more than 32 bits"))
+        };
+        let kind = LeaseKind::try_from(number_32(1)?.cast_signed());
+        let kind = kind.map_err(|_| corrupt(key, "a lease of an unknown kind"))?;
+        Ok((SessionId(number(key, 0)?), kind, number_32(2)?))
     })
 }
 

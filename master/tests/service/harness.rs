@@ -8,9 +8,9 @@ use dfs_proto::v1::{
     Request, StatusReply, StatusRequest, Welcome, admin_client::AdminClient, answer::Body, hold, mutation,
     query, request, session_client::SessionClient,
 };
-use dfs_proto::v1::{Create, Kind, Lookup};
+use dfs_proto::v1::{Create, Kind, LeaseKind, LeaseReturn, Lookup, Recall};
 use dfs_proto::{PROTOCOL_VERSION, limits};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::path::Path;
 use std::time::Duration;
@@ -88,6 +88,10 @@ pub struct Client {
     pub welcome: Welcome,
     next_seq: u64,
     answers: BTreeMap<u64, Answer>,
+    /// Leases that it was given and did not give back: what kind, under which number.
+    pub leases: BTreeMap<u64, (LeaseKind, u64)>,
+    /// What it was asked to give back.
+    recalls: VecDeque<Recall>,
     cred: Cred,
 }
 
@@ -112,6 +116,8 @@ pub async fn attach(address: &str, hello: Hello) -> Attach {
             welcome,
             next_seq: 1,
             answers: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            recalls: VecDeque::new(),
             cred: Cred::default(),
         })),
         (None, Some(refusal)) => Attach::Refused(refusal, first.leader),
@@ -197,12 +203,47 @@ impl Client {
             if let Some(answer) = self.answers.remove(&seq) {
                 return answer.body.expect("an answer has a body");
             }
-            let frame = self.frame().await.expect("the stream ended before the answer");
-            assert_eq!(frame.refusal, None, "the stream was refused before the answer");
-            for reply in frame.replies {
-                self.answers.insert(reply.seq, reply.answer.expect("a reply has an answer"));
-            }
+            self.take_frame().await;
         }
+    }
+
+    async fn take_frame(&mut self) {
+        let frame = self.frame().await.expect("the stream ended before the answer");
+        assert_eq!(frame.refusal, None, "the stream was refused before the answer");
+        for reply in frame.replies {
+            for (kind, inos) in
+                [(LeaseKind::LeaseRead, &reply.read_leases), (LeaseKind::LeaseWrite, &reply.write_leases)]
+            {
+                self.leases.extend(inos.iter().map(|ino| (*ino, (kind, reply.grant))));
+            }
+            self.answers.insert(reply.seq, reply.answer.expect("a reply has an answer"));
+        }
+        self.recalls.extend(frame.recalls);
+    }
+
+    /// The next recall.
+    pub async fn recall(&mut self) -> Recall {
+        loop {
+            if let Some(recall) = self.recalls.pop_front() {
+                return recall;
+            }
+            self.take_frame().await;
+        }
+    }
+
+    /// Gives back what a recall asks for.
+    pub async fn give_back(&mut self, recall: &Recall) {
+        let (_, grant) = self.leases.remove(&recall.ino).expect("it holds what is recalled");
+        if recall.keep() != LeaseKind::LeaseNone {
+            self.leases.insert(recall.ino, (recall.keep(), grant));
+        }
+        let returned = vec![LeaseReturn { ino: recall.ino, grant, keep: recall.keep }];
+        self.send_frame(ClientFrame { returned, ..ClientFrame::default() }).await;
+    }
+
+    /// What it holds on an inode.
+    pub fn holds(&self, ino: u64) -> LeaseKind {
+        self.leases.get(&ino).map_or(LeaseKind::LeaseNone, |(kind, _)| *kind)
     }
 
     pub async fn call(&mut self, op: request::Op) -> Body {
@@ -247,6 +288,22 @@ impl Client {
                 return;
             }
         }
+    }
+
+    /// Says every now and then that it lives, until the stream ends.
+    pub fn stay_alive(&self) {
+        let out = self.out.clone();
+        tokio::spawn(async move {
+            let mut number = 1_000_000;
+            loop {
+                number += 1;
+                let frame = ClientFrame { keep_alive: number, ..ClientFrame::default() };
+                if out.send(frame).await.is_err() {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        });
     }
 
     /// Says goodbye and waits for the end.

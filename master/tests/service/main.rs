@@ -7,6 +7,7 @@ mod daemon;
 mod group;
 mod harness;
 mod holds;
+mod leases;
 mod program;
 mod sessions;
 mod speed;

@@ -83,6 +83,8 @@ struct Found {
     idle: BTreeSet<u64>,
     /// By node and chunk.
     replicas: BTreeSet<(u64, u64)>,
+    /// Sessions that may hold leases.
+    leased: BTreeSet<u64>,
 }
 
 impl Found {
@@ -138,6 +140,9 @@ impl Found {
             Some(tag::REPLICA) => {
                 self.replicas.insert((at(0)?, at(1)?));
             }
+            Some(tag::LEASED) => {
+                self.leased.insert(at(0)?);
+            }
             _ => return Err(corrupt(key, "a row of no table")),
         }
         Ok(())
@@ -168,6 +173,9 @@ fn check_counters(found: &Found, cluster: &v1::ClusterRow, violations: &mut Viol
 }
 
 fn check_sessions(found: &Found, violations: &mut Violations) {
+    for session in found.leased.iter().filter(|session| !found.sessions.contains_key(session)) {
+        violations.push(format!("leases of session {session}, which does not exist"));
+    }
     for (session, seq) in &found.answers {
         match found.sessions.get(session) {
             None => violations.push(format!("answer {seq} of session {session}, which does not exist")),

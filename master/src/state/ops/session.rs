@@ -6,7 +6,7 @@ use crate::state::keys;
 use crate::state::rows::{Inode, OpResult, number};
 use bytes::Bytes;
 use dfs_proto::limits::{CHUNK_SIZE_MAX, CHUNK_SIZE_MIN, REPLICAS_MAX};
-use dfs_proto::v1::{self, Attr, ErrorCode, Kind, Timestamp, system_answer::Body};
+use dfs_proto::v1::{self, Attr, ErrorCode, Kind, LeaseKind, Timestamp, system_answer::Body};
 use dfs_proto::{ByteLen, FsError, InodeNo, NodeId, SessionId};
 
 /// The settings of a new cluster, as they were in its first command.
@@ -71,11 +71,31 @@ pub fn open(s: &mut State<'_>, op: &v1::OpenSession) -> Body {
 pub fn close(s: &mut State<'_>, op: &v1::CloseSession) -> OpResult<Body> {
     let session = SessionId(op.target);
     s.tx.delete(keys::session(session));
-    for key in s.tx.collect(&keys::answers_of(session), usize::MAX, |key, _| Ok(key.to_vec()))? {
-        s.tx.delete(key);
+    for rows in [keys::answers_of(session), keys::leased_of(session)] {
+        for key in s.tx.collect(&rows, usize::MAX, |key, _| Ok(key.to_vec()))? {
+            s.tx.delete(key);
+        }
     }
     let chunks = s.tx.collect(&keys::unsealed_of(session), usize::MAX, |key, _| number(key, 1))?;
     Ok(Body::Chunks(v1::ChunkList { chunks }))
+}
+
+/// Notes where sessions may hold leases from now on; for sessions that are gone it does nothing.
+pub fn note_leases(s: &mut State<'_>, op: &v1::NoteLeases) -> OpResult<Body> {
+    for note in &op.notes {
+        let session = SessionId(note.session);
+        if s.tx.find_session(session)?.is_none() {
+            continue;
+        }
+        for (kind, buckets) in
+            [(LeaseKind::LeaseRead, &note.read_buckets), (LeaseKind::LeaseWrite, &note.write_buckets)]
+        {
+            for bucket in buckets {
+                s.tx.put(keys::leased(session, kind as u64, *bucket), Vec::new());
+            }
+        }
+    }
+    Ok(Body::Empty(v1::Empty {}))
 }
 
 pub fn register_node(s: &mut State<'_>, op: &v1::RegisterNode) -> OpResult<Body> {

@@ -95,3 +95,21 @@ fn time_never_runs_backwards() {
     let attr = attr_of(body(w.run(early)).unwrap());
     assert_eq!(attr.ctime.unwrap(), late);
 }
+
+#[test]
+fn where_a_session_may_hold_leases_is_noted_until_it_ends() {
+    use crate::state::{leased, sessions};
+    let w = World::new();
+    let session = sessions(&w.kv).unwrap()[0].0;
+    let note = v1::LeaseNote { session: session.get(), read_buckets: vec![7, 4095], write_buckets: vec![7] };
+    let nobody = v1::LeaseNote { session: 99, ..note.clone() };
+    for _ in 0..2 {
+        let notes = v1::NoteLeases { notes: vec![note.clone(), nobody.clone()] };
+        w.system(system::Op::NoteLeases(notes)).unwrap();
+    }
+    let (read, write) = (v1::LeaseKind::LeaseRead, v1::LeaseKind::LeaseWrite);
+    let noted = [(session, read, 7), (session, read, 4095), (session, write, 7)];
+    assert_eq!(leased(&w.kv).unwrap(), noted);
+    w.system(system::Op::CloseSession(v1::CloseSession { target: session.get() })).unwrap();
+    assert_eq!(leased(&w.kv).unwrap(), []);
+}
