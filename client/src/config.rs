@@ -26,8 +26,6 @@ pub struct ClientConfig {
     pub connect_timeout: Duration,
     /// How long an append may make no progress before the chunk is given up.
     pub append_progress: Duration,
-    /// How long attributes and names may be believed; at most [`limits::ATTR_TTL_MS`].
-    pub attr_ttl: Duration,
     /// Reading leaves the access time alone.
     pub noatime: bool,
 }
@@ -45,7 +43,6 @@ impl Default for ClientConfig {
             operation_timeout: Some(Duration::from_millis(limits::OPERATION_MS)),
             connect_timeout: Duration::from_secs(10),
             append_progress: Duration::from_millis(limits::APPEND_PROGRESS_MS),
-            attr_ttl: Duration::from_millis(limits::ATTR_TTL_MS),
             noatime: false,
         }
     }

@@ -7,6 +7,7 @@
 pub mod cache;
 pub mod config;
 pub mod data;
+pub mod leases;
 pub mod master;
 pub mod read;
 pub mod session;
@@ -18,4 +19,4 @@ pub use config::ClientConfig;
 pub use dfs_proto::v1::{self, Attr, Cred};
 pub use dfs_proto::{FsError, FsResult, InodeNo, SessionId};
 pub use master::{Defaults, Master};
-pub use vfs::{Client, Closing, Entry, OpenFile, OpenFlags, Privileges, SeekKind};
+pub use vfs::{Client, Closing, Entry, Kernel, OpenFile, OpenFlags, Privileges, SeekKind};

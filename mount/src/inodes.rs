@@ -1,23 +1,16 @@
-//! The inodes that the kernel knows: how often it looked them up, which one is its root, and whether the pages it keeps
-//! of a file are still those of the file.
-//!
-//! There are no leases yet, so another client's change shows only as attributes that this mount did not cause. The rule:
-//! pages are kept over an open only if the file's version or its size and mtime are as they were, and a change by
-//! somebody else that is seen while a file is open drops them (what the kernel would do by itself without
-//! EXPLICIT_INVAL_DATA, but without dropping what our own writes put there).
+//! The inodes that the kernel knows: how often it looked them up, which one is its root, and what it may have cached of
+//! them. Pages are kept over an open only if they were all read under the lease that still lasts.
 
-use dfs_proto::v1::{Attr, ErrorCode, Kind};
-use dfs_proto::{FsError, FsResult, InodeNo, limits};
+use dfs_client::leases::Term;
+use dfs_proto::v1::ErrorCode;
+use dfs_proto::{FsError, FsResult, InodeNo};
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 /// The kernel's number for the root of a mount.
 const FUSE_ROOT: u64 = 1;
 /// Locks that different inodes share.
 const SHARDS: usize = 16;
-/// How long the client may still believe where a file's bytes were before somebody else changed it.
-const DOUBT: Duration = Duration::from_millis(limits::ATTR_TTL_MS);
 
 /// What the kernel knows.
 pub struct Inodes {
@@ -28,52 +21,18 @@ pub struct Inodes {
 #[derive(Default)]
 struct Known {
     lookups: u64,
-    /// Since the first open through this mount.
-    pages: Option<Pages>,
+    is_dir: bool,
+    /// It was opened here: pages of it may be in the kernel.
+    has_pages: bool,
+    /// In which lease they were read, all of them; none: some were read without.
+    pages: Option<Term>,
 }
 
-/// The state of a file that the kernel's pages show.
-struct Pages {
-    version: u64,
-    mtime: (i64, u32),
-    size: u64,
-    /// Bytes were written here that were not flushed since: attributes change without anybody else's doing.
-    writing: bool,
-    /// All that changed the file since the pages were dropped last is in them.
-    whole: bool,
-    /// Somebody else changed the file: pages that are read before then may still show what was there, and are dropped
-    /// once more after it.
-    doubt: Option<Instant>,
-}
-
-/// What attributes on their way to the kernel say about its pages.
+/// What the kernel may have cached of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Seen {
-    /// The pages are as good as before.
-    Same,
-    /// Somebody else changed the file: the pages must be dropped before the attributes are shown.
-    Foreign,
-}
-
-impl Pages {
-    fn of(attr: &Attr) -> Self {
-        let mtime = attr.mtime.unwrap_or_default().key();
-        Self { version: attr.version, mtime, size: attr.size, writing: false, whole: true, doubt: None }
-    }
-
-    fn shows(&self, attr: &Attr) -> bool {
-        self.version == attr.version
-            || (self.size == attr.size && self.mtime == attr.mtime.unwrap_or_default().key())
-    }
-
-    /// Whether pages may be stale for a reason that has ended by now, which is thereby settled.
-    fn settle_doubt(&mut self, now: Instant) -> bool {
-        self.doubt.take_if(|until| *until <= now).is_some()
-    }
-
-    fn take_over(&mut self, attr: &Attr, whole: bool) {
-        *self = Self { writing: self.writing, whole, doubt: self.doubt, ..Self::of(attr) };
-    }
+pub struct Cached {
+    pub is_dir: bool,
+    pub has_pages: bool,
 }
 
 impl Inodes {
@@ -111,8 +70,11 @@ impl Inodes {
     }
 
     /// The kernel is about to be told of an inode once more.
-    pub fn looked_up(&self, ino: InodeNo) {
-        self.shard(ino).entry(ino).or_default().lookups += 1;
+    pub fn looked_up(&self, ino: InodeNo, is_dir: bool) {
+        let mut shard = self.shard(ino);
+        let known = shard.entry(ino).or_default();
+        known.lookups += 1;
+        known.is_dir = is_dir;
     }
 
     /// The kernel forgets that it was told `lookups` times.
@@ -125,84 +87,31 @@ impl Inodes {
         }
     }
 
-    /// A file was opened with these attributes. Answers whether the kernel may keep its pages.
-    pub fn opened(&self, attr: &Attr, now: Instant) -> bool {
-        let ino = InodeNo(attr.ino);
+    /// What the kernel may have cached of an inode, if it knows it.
+    #[must_use]
+    pub fn known(&self, ino: InodeNo) -> Option<Cached> {
+        let root = Cached { is_dir: true, has_pages: false };
+        let known = self
+            .shard(ino)
+            .get(&ino)
+            .map(|known| Cached { is_dir: known.is_dir, has_pages: known.has_pages });
+        known.or((ino == self.root).then_some(root))
+    }
+
+    /// A file is opened under this lease. Answers whether the kernel may keep the pages that it has.
+    pub fn opened(&self, ino: InodeNo, term: Option<Term>) -> bool {
         let mut shard = self.shard(ino);
-        let Some(pages) = &mut shard.entry(ino).or_default().pages else {
-            shard.entry(ino).or_default().pages = Some(Pages::of(attr));
-            return false;
-        };
-        // What is being written can hide what somebody else wrote: read it again.
-        if pages.writing {
-            return false;
-        }
-        let same = pages.shows(attr);
-        let keep = same && pages.whole && pages.doubt.is_none();
-        pages.settle_doubt(now);
-        if !same {
-            pages.doubt = Some(now + DOUBT);
-        }
-        pages.take_over(attr, true);
+        let known = shard.entry(ino).or_default();
+        let keep = known.has_pages && term.is_some() && known.pages == term;
+        (known.has_pages, known.pages) = (true, term);
         keep
     }
 
-    /// Bytes were written to a file.
-    pub fn wrote(&self, ino: InodeNo) {
-        if let Some(pages) = self.shard(ino).get_mut(&ino).and_then(|known| known.pages.as_mut()) {
-            pages.writing = true;
+    /// The kernel is about to drop all pages of a file.
+    pub fn pages_dropped(&self, ino: InodeNo) {
+        if let Some(known) = self.shard(ino).get_mut(&ino) {
+            known.pages = None;
         }
-    }
-
-    /// What was written to a file has been committed, which left it with these attributes (`None`: not known).
-    pub fn flushed(&self, ino: InodeNo, attr: Option<&Attr>) {
-        let mut shard = self.shard(ino);
-        let Some(pages) = shard.get_mut(&ino).and_then(|known| known.pages.as_mut()) else { return };
-        if !pages.writing {
-            return;
-        }
-        pages.writing = false;
-        match attr {
-            // At least one commit was ours. One version more: nobody else changed the file in between.
-            Some(attr) => {
-                let whole = pages.whole && attr.version == pages.version + 1;
-                pages.take_over(attr, whole);
-            }
-            None => pages.whole = false,
-        }
-    }
-
-    /// This mount changed a file by one operation, which left it with these attributes.
-    pub fn changed(&self, attr: &Attr, now: Instant) -> Seen {
-        self.update(attr, attr.version.saturating_sub(1), now)
-    }
-
-    /// Attributes are about to be shown to the kernel.
-    pub fn shown(&self, attr: &Attr, now: Instant) -> Seen {
-        self.update(attr, attr.version, now)
-    }
-
-    /// `before`: the version that the attributes follow without anybody else's change.
-    fn update(&self, attr: &Attr, before: u64, now: Instant) -> Seen {
-        if attr.kind != Kind::File as i32 {
-            return Seen::Same;
-        }
-        let ino = InodeNo(attr.ino);
-        let mut shard = self.shard(ino);
-        let Some(pages) = shard.get_mut(&ino).and_then(|known| known.pages.as_mut()) else {
-            return Seen::Same;
-        };
-        if pages.writing || pages.version > attr.version {
-            return Seen::Same;
-        }
-        if pages.version == before || pages.shows(attr) {
-            let whole = pages.whole;
-            pages.take_over(attr, whole);
-            return if pages.settle_doubt(now) { Seen::Foreign } else { Seen::Same };
-        }
-        pages.take_over(attr, true);
-        pages.doubt = Some(now + DOUBT);
-        Seen::Foreign
     }
 
     fn shard(&self, ino: InodeNo) -> MutexGuard<'_, HashMap<InodeNo, Known>> {
@@ -215,21 +124,8 @@ impl Inodes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dfs_proto::v1::Timestamp;
-
-    fn attr(version: u64, seconds: i64) -> Attr {
-        let mtime = Some(Timestamp { seconds, nanos: 0 });
-        Attr { ino: 7, version, mtime, size: 10, kind: Kind::File as i32, ..Attr::default() }
-    }
 
     const INO: InodeNo = InodeNo(7);
-
-    fn opened(now: Instant) -> Inodes {
-        let inodes = Inodes::new(InodeNo::ROOT);
-        inodes.looked_up(INO);
-        assert!(!inodes.opened(&attr(5, 1), now));
-        inodes
-    }
 
     #[test]
     fn the_root_of_a_subdirectory_mount_is_the_kernels_root() {
@@ -240,63 +136,32 @@ mod tests {
         assert_eq!(inodes.node(InodeNo::ROOT).map_err(|error| error.code), Err(ErrorCode::ErrorStale));
         let whole = Inodes::new(InodeNo::ROOT);
         assert_eq!(whole.node(InodeNo::ROOT), Ok(fuser::INodeNo(1)));
+        assert_eq!(whole.known(InodeNo::ROOT), Some(Cached { is_dir: true, has_pages: false }));
     }
 
     #[test]
     fn an_inode_is_forgotten_when_the_kernel_has_given_back_every_lookup() {
-        let now = Instant::now();
-        let inodes = opened(now);
-        inodes.looked_up(INO);
+        let inodes = Inodes::new(InodeNo::ROOT);
+        assert_eq!(inodes.known(INO), None);
+        inodes.looked_up(INO, false);
+        inodes.looked_up(INO, false);
         inodes.forget(INO, 1);
-        assert!(inodes.opened(&attr(5, 1), now), "still known");
+        assert_eq!(inodes.known(INO), Some(Cached { is_dir: false, has_pages: false }));
         inodes.forget(INO, 1);
         assert!(inodes.shard(INO).is_empty());
         inodes.forget(INO, 3);
-        assert!(!inodes.opened(&attr(5, 1), now));
     }
 
     #[test]
-    fn pages_are_kept_over_an_open_only_when_the_file_is_as_it_was() {
-        let now = Instant::now();
-        let inodes = opened(now);
-        assert!(inodes.opened(&attr(5, 1), now));
-        assert!(inodes.opened(&attr(8, 1), now), "a rename or chmod leaves the bytes alone");
-        assert!(!inodes.opened(&attr(9, 2), now));
-        assert!(!inodes.opened(&attr(9, 2), now), "what was read since may be what was there before");
-        assert!(!inodes.opened(&attr(9, 2), now + DOUBT), "and it is dropped once more");
-        assert!(inodes.opened(&attr(9, 2), now + DOUBT));
-    }
-
-    #[test]
-    fn own_writes_keep_the_pages_when_nobody_else_wrote_in_between() {
-        let now = Instant::now();
-        let inodes = opened(now);
-        inodes.wrote(INO);
-        assert_eq!(inodes.shown(&attr(6, 2), now), Seen::Same);
-        assert!(!inodes.opened(&attr(6, 2), now), "writing");
-        inodes.flushed(INO, Some(&attr(6, 2)));
-        assert!(inodes.opened(&attr(6, 2), now));
-        inodes.wrote(INO);
-        inodes.flushed(INO, Some(&attr(8, 3)));
-        assert!(!inodes.opened(&attr(8, 3), now), "two versions more: perhaps somebody else's");
-        inodes.wrote(INO);
-        inodes.flushed(INO, None);
-        assert!(!inodes.opened(&attr(8, 3), now));
-    }
-
-    #[test]
-    fn a_change_by_somebody_else_is_seen_once_and_own_changes_are_not_mistaken_for_it() {
-        let now = Instant::now();
-        let inodes = opened(now);
-        assert_eq!(inodes.shown(&attr(5, 1), now), Seen::Same);
-        assert_eq!(inodes.shown(&attr(6, 2), now), Seen::Foreign);
-        assert_eq!(inodes.shown(&attr(6, 2), now), Seen::Same);
-        assert_eq!(inodes.shown(&attr(5, 1), now), Seen::Same, "an older answer changes nothing");
-        assert_eq!(inodes.shown(&attr(6, 2), now + DOUBT), Seen::Foreign, "what was read since may be old");
-        assert_eq!(inodes.shown(&attr(6, 2), now + DOUBT), Seen::Same);
-        assert_eq!(inodes.changed(&attr(7, 3), now), Seen::Same);
-        assert_eq!(inodes.changed(&attr(9, 4), now), Seen::Foreign);
-        let unknown = Attr { ino: 8, ..attr(1, 1) };
-        assert_eq!(inodes.shown(&unknown, now), Seen::Same);
+    fn pages_are_kept_over_an_open_only_under_the_lease_that_they_were_read_under() {
+        let inodes = Inodes::new(InodeNo::ROOT);
+        let [one, two] = [Term::new(1), Term::new(2)].map(Some);
+        assert!(!inodes.opened(INO, one), "there are none");
+        assert!(inodes.opened(INO, one));
+        assert!(!inodes.opened(INO, two) && inodes.opened(INO, two));
+        assert!(!inodes.opened(INO, None) && !inodes.opened(INO, None));
+        assert!(!inodes.opened(INO, one), "what was read without a lease may be old");
+        inodes.pages_dropped(INO);
+        assert!(!inodes.opened(INO, one) && inodes.opened(INO, one));
     }
 }

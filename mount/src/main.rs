@@ -3,6 +3,7 @@
 //! ```text
 //! kernel ── /dev/fuse ── fuse/ (decode, reply) ── dfs_client (everything about files)
 //!                          ├── inodes      what the kernel knows, whether its pages are still good
+//!                          ├── kernel      tells it what to drop
 //!                          ├── killable    sends killed processes home
 //!                          └── errno       the one table
 //! cli, options ── run (connect, mount, serve, flush, unmount) ── mountpoint, daemon      unmount
@@ -14,6 +15,7 @@ mod errno;
 mod fail;
 mod fuse;
 mod inodes;
+mod kernel;
 mod killable;
 mod mountpoint;
 mod options;

@@ -4,6 +4,7 @@ use crate::cli::MountWish;
 use crate::daemon::{PidFile, Starter};
 use crate::fail::Failure;
 use crate::fuse::Dfs;
+use crate::kernel::Kernel;
 use crate::killable::Registry;
 use crate::mountpoint::{self, Mount};
 use crate::options::Options;
@@ -126,7 +127,9 @@ impl Served {
             };
             Failure::operation(format!("cannot mount on {}: {error}{hint}", self.place.display()))
         })?;
-        shared.mounted(session.notifier());
+        let kernel = Kernel::new(&session)
+            .map_err(|error| Failure::operation(format!("no descriptor for the device: {error}")))?;
+        shared.mounted(kernel);
         let watching = registry.watch().map_err(|error| Failure::operation(format!("no thread: {error}")))?;
         // It ends by itself when the registry is stopped.
         drop(watching);

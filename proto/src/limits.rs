@@ -67,6 +67,10 @@ pub const REAP_ROWS_MAX: usize = 4096;
 pub const SESSION_TTL_MS: u64 = 20_000;
 /// How long a session may take to give a lease back without committing anything of the inode meanwhile; then it is cut off.
 pub const RECALL_MS: u64 = 10_000;
+/// How long before a session may be given up its client stops to believe that it has it.
+pub const LEASE_MARGIN_MS: u64 = 2_000;
+/// The most leases of one client; it gives back those it used least.
+pub const LEASES_PER_CLIENT: usize = 262_144;
 /// How often a client says that it lives.
 pub const KEEP_ALIVE_MS: u64 = 2_000;
 /// How long an append may make no progress before the chunk is given up.

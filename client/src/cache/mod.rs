@@ -1,22 +1,24 @@
-//! Attributes and names that were learned lately, believed for a second at most while there are no leases.
+//! Attributes and names that were learned under leases, believed as long as these last: an attribute under the inode's, a name
+//! under its directory's.
 //!
 //! Two rules keep an answer from going back in time:
 //! * An attribute never replaces one of a later [`Attr::version`].
 //! * A question that was under way when a change by this client to the same inode or directory ended may have been
 //!   answered from before that change: its answer is not kept. Each question takes a [`Ticket`] first, each change
-//!   leaves its stamp when it ends ([`Cache::changed`]). What was kept while the change was under way, it replaces.
+//!   leaves its stamp when it ends ([`Cache::changed`]). What was kept while the change was under way, it replaces. A lease that
+//!   is given up leaves one, too.
 
 mod whole;
 
+use crate::leases::{Leases, Term};
 use bytes::Bytes;
 use dfs_proto::InodeNo;
 use dfs_proto::v1::{Attr, Timestamp};
 use lru::LruCache;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::time::Instant;
 use whole::WholeDirs;
 
 /// Locks that lookups of different inodes share.
@@ -24,18 +26,22 @@ const SHARDS: usize = 16;
 /// Stamps of changes; inodes that share one only lose a chance to be cached.
 const STAMPS: usize = 4096;
 
-/// Taken before a question is asked; says which answers may be kept and how long.
+/// Taken before a question is asked; says which answers may be kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Ticket {
     stamp: u64,
-    asked: Instant,
+    /// As many leases had been given up.
+    given_up: u64,
 }
 
 /// What is known of attributes and names. Bounded; the least recently used go first.
 pub struct Cache {
-    ttl: Duration,
+    leases: Arc<Leases>,
     clock: AtomicU64,
+    /// When an own change of the inodes that share a stamp ended last, or a lease of one was given up.
     stamps: Vec<AtomicU64>,
+    /// The latter alone.
+    given_up: Vec<AtomicU64>,
     attrs: Vec<Mutex<LruCache<u64, Known>>>,
     names: Vec<Mutex<LruCache<(u64, Bytes), Named>>>,
     whole: Mutex<WholeDirs>,
@@ -44,25 +50,27 @@ pub struct Cache {
 #[derive(Clone, Copy)]
 struct Known {
     attr: Attr,
-    until: Instant,
+    /// Under which it is believed.
+    term: Option<Term>,
 }
 
 #[derive(Clone, Copy)]
 struct Named {
     /// `None`: there is nothing of that name.
     ino: Option<InodeNo>,
-    until: Instant,
+    term: Option<Term>,
 }
 
 impl Cache {
-    /// A cache of at most `entries` attributes and as many names, each believed for `ttl`.
+    /// A cache of at most `entries` attributes and as many names.
     #[must_use]
-    pub fn new(ttl: Duration, entries: usize) -> Self {
+    pub fn new(leases: Arc<Leases>, entries: usize) -> Self {
         let shard = NonZeroUsize::new(entries / SHARDS).unwrap_or(NonZeroUsize::MIN);
         Self {
-            ttl,
+            leases,
             clock: AtomicU64::new(1),
             stamps: (0..STAMPS).map(|_| AtomicU64::new(0)).collect(),
+            given_up: (0..STAMPS).map(|_| AtomicU64::new(0)).collect(),
             attrs: (0..SHARDS).map(|_| Mutex::new(LruCache::new(shard))).collect(),
             names: (0..SHARDS).map(|_| Mutex::new(LruCache::new(shard))).collect(),
             whole: Mutex::new(WholeDirs::new()),
@@ -72,27 +80,38 @@ impl Cache {
     /// To be taken before a question is asked.
     #[must_use]
     pub fn ticket(&self) -> Ticket {
-        Ticket { stamp: self.clock.load(Ordering::SeqCst), asked: Instant::now() }
+        let now = self.clock.load(Ordering::SeqCst);
+        Ticket { stamp: now, given_up: now }
     }
 
     /// A change by this client to the inode or to the directory's names has ended.
     pub fn changed(&self, ino: InodeNo) {
         let now = self.clock.fetch_add(1, Ordering::SeqCst) + 1;
-        self.stamp(ino).fetch_max(now, Ordering::SeqCst);
+        self.stamps[stamp_of(ino)].fetch_max(now, Ordering::SeqCst);
+    }
+
+    /// A lease is about to be given up: what was asked under it is not kept under the next one.
+    pub fn leaving(&self, ino: InodeNo) {
+        let now = self.clock.fetch_add(1, Ordering::SeqCst) + 1;
+        self.stamps[stamp_of(ino)].fetch_max(now, Ordering::SeqCst);
+        self.given_up[stamp_of(ino)].fetch_max(now, Ordering::SeqCst);
     }
 
     /// Keeps the answer to a question.
     pub fn put_attr(&self, ticket: &Ticket, attr: &Attr) {
-        if self.overtaken(ticket, InodeNo(attr.ino)) {
-            return;
+        let ino = InodeNo(attr.ino);
+        // Looked at first: a lease that began later began after what overtakes the ticket.
+        let term = self.leases.term(ino);
+        if !self.overtaken(ticket, ino) {
+            self.insert_attr(attr, term);
         }
-        self.insert_attr(attr, ticket.asked + self.ttl);
     }
 
     /// Keeps what the answer to this client's own change says.
-    pub fn learn(&self, attr: &Attr) {
-        self.changed(InodeNo(attr.ino));
-        self.insert_attr(attr, Instant::now() + self.ttl);
+    pub fn learn(&self, ticket: &Ticket, attr: &Attr) {
+        let ino = InodeNo(attr.ino);
+        self.changed(ino);
+        self.insert_attr(attr, self.term_of(ticket, ino));
     }
 
     /// The inode changed in a way that the answer did not show: it must be asked again.
@@ -100,7 +119,7 @@ impl Cache {
         self.changed(ino);
         // The entry stays for its version.
         if let Some(known) = self.attr_shard(ino).peek_mut(&ino.get()) {
-            known.until = Instant::now();
+            known.term = None;
         }
     }
 
@@ -114,7 +133,7 @@ impl Cache {
         let Some(known) = shard.peek_mut(&dir.get()) else { return };
         let key = |time: Option<Timestamp>| time.map(|time| time.key());
         if time.is_none() || key(known.attr.mtime).max(key(known.attr.ctime)) >= key(time) {
-            known.until = Instant::now();
+            known.term = None;
             return;
         }
         known.attr.version += 1;
@@ -137,7 +156,7 @@ impl Cache {
     #[must_use]
     pub fn attr(&self, ino: InodeNo) -> Option<(Attr, Duration)> {
         let known = *self.attr_shard(ino).get(&ino.get())?;
-        Some((known.attr, left(known.until)?))
+        Some((known.attr, self.left(ino, known.term)?))
     }
 
     /// The attributes of an inode as they were last known, however long ago.
@@ -148,28 +167,31 @@ impl Cache {
 
     /// Keeps the answer to the question what a name stands for; `None`: nothing.
     pub fn put_name(&self, ticket: &Ticket, parent: InodeNo, name: &[u8], ino: Option<InodeNo>) {
+        let named = Named { ino, term: self.leases.term(parent) };
         if self.overtaken(ticket, parent) {
             return;
         }
-        let named = Named { ino, until: ticket.asked + self.ttl };
         self.name_shard(parent, name).put((parent.get(), Bytes::copy_from_slice(name)), named);
     }
 
     /// What a name stands for after this client's own change.
-    pub fn set_name(&self, parent: InodeNo, name: &[u8], ino: Option<InodeNo>) {
+    pub fn set_name(&self, ticket: &Ticket, parent: InodeNo, name: &[u8], ino: Option<InodeNo>) {
         self.changed(parent);
-        let named = Named { ino, until: Instant::now() + self.ttl };
+        let named = Named { ino, term: self.term_of(ticket, parent) };
         self.name_shard(parent, name).put((parent.get(), Bytes::copy_from_slice(name)), named);
     }
 
     /// This client made a directory, and asked for it with this ticket.
     pub fn made_dir(&self, ticket: &Ticket, dir: &Attr) {
-        self.whole().made(InodeNo(dir.ino), dir.version, ticket.asked + self.ttl);
+        let ino = InodeNo(dir.ino);
+        if let Some(term) = self.term_of(ticket, ino) {
+            self.whole().made(ino, dir.version, term);
+        }
     }
 
     /// This client made a name in a directory, which is of this version since.
-    pub fn made_name(&self, ticket: &Ticket, dir: InodeNo, name: &Bytes, version: u64) {
-        self.whole().added(dir, name, version, ticket.asked + self.ttl);
+    pub fn made_name(&self, dir: InodeNo, name: &Bytes, version: u64) {
+        self.whole().added(dir, name, version);
     }
 
     /// This client changed the names in a directory otherwise than by making one.
@@ -189,35 +211,44 @@ impl Cache {
     pub fn name(&self, parent: InodeNo, name: &[u8]) -> Option<(Option<InodeNo>, Duration)> {
         let named = self.name_shard(parent, name).get(&(parent.get(), Bytes::copy_from_slice(name))).copied();
         if let Some(named) = named
-            && let Some(left) = left(named.until)
+            && let Some(left) = self.left(parent, named.term)
         {
             return Some((named.ino, left));
         }
-        let until = self.whole().lacks(parent, name)?;
-        Some((None, left(until)?))
+        let term = self.whole().lacks(parent, name)?;
+        Some((None, self.left(parent, Some(term))?))
     }
 
     fn whole(&self) -> MutexGuard<'_, WholeDirs> {
         self.whole.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn insert_attr(&self, attr: &Attr, until: Instant) {
+    fn insert_attr(&self, attr: &Attr, term: Option<Term>) {
+        let known = Known { attr: *attr, term };
         let mut shard = self.attr_shard(InodeNo(attr.ino));
         match shard.get_mut(&attr.ino) {
-            Some(known) if known.attr.version > attr.version => {}
-            Some(known) => *known = Known { attr: *attr, until: until.max(known.until) },
-            None => {
-                shard.put(attr.ino, Known { attr: *attr, until });
-            }
+            Some(before) if before.attr.version > attr.version => {}
+            Some(before) => *before = known,
+            None => drop(shard.put(attr.ino, known)),
         }
     }
 
-    fn overtaken(&self, ticket: &Ticket, ino: InodeNo) -> bool {
-        self.stamp(ino).load(Ordering::SeqCst) > ticket.stamp
+    /// For how long what was learned of an inode in a term may still be believed.
+    fn left(&self, ino: InodeNo, term: Option<Term>) -> Option<Duration> {
+        if !self.leases.is_current(ino, term?) {
+            return None;
+        }
+        Some(self.leases.left()).filter(|left| !left.is_zero())
     }
 
-    fn stamp(&self, ino: InodeNo) -> &AtomicU64 {
-        &self.stamps[spread(ino.get()) % STAMPS]
+    fn overtaken(&self, ticket: &Ticket, ino: InodeNo) -> bool {
+        self.stamps[stamp_of(ino)].load(Ordering::SeqCst) > ticket.stamp
+    }
+
+    /// The term in which the answer to an own change may be believed: it was given under this lease, not an earlier one.
+    fn term_of(&self, ticket: &Ticket, ino: InodeNo) -> Option<Term> {
+        let term = self.leases.term(ino)?;
+        (self.given_up[stamp_of(ino)].load(Ordering::SeqCst) <= ticket.given_up).then_some(term)
     }
 
     fn attr_shard(&self, ino: InodeNo) -> MutexGuard<'_, LruCache<u64, Known>> {
@@ -231,49 +262,72 @@ impl Cache {
     }
 }
 
+fn stamp_of(ino: InodeNo) -> usize {
+    spread(ino.get()) % STAMPS
+}
+
 /// Fibonacci hashing (Knuth, TAOCP 6.4): the upper bits of the product are well mixed.
 fn spread(value: u64) -> usize {
     (value.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as usize
 }
 
-fn left(until: Instant) -> Option<Duration> {
-    until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::leases::Kind;
+    use crate::leases::testing::{TestClock, leases};
+    use dfs_env::Clock;
 
     fn attr(ino: u64, version: u64) -> Attr {
         Attr { ino, version, ..Attr::default() }
     }
 
-    fn cache() -> Cache {
-        Cache::new(Duration::from_secs(1), 64)
+    fn cache(inos: &[u64]) -> (Cache, Arc<Leases>, Arc<TestClock>) {
+        let (leases, clock) = leases();
+        for ino in inos {
+            leases.granted(InodeNo(*ino), Kind::Read, 1);
+        }
+        (Cache::new(Arc::clone(&leases), 64), leases, clock)
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn an_answer_is_believed_from_when_it_was_asked_for_and_never_replaces_a_later_version() {
-        let (cache, ino) = (cache(), InodeNo(7));
-        let ticket = cache.ticket();
-        tokio::time::advance(Duration::from_millis(400)).await;
-        cache.put_attr(&ticket, &attr(7, 5));
-        assert_eq!(cache.attr(ino).map(|(a, left)| (a.version, left.as_millis())), Some((5, 600)));
+    #[test]
+    fn an_answer_is_believed_under_its_lease_and_never_replaces_a_later_version() {
+        let (cache, leases, clock) = cache(&[7]);
+        let ino = InodeNo(7);
+        cache.put_attr(&cache.ticket(), &attr(7, 5));
+        clock.pass(Duration::from_secs(4));
+        assert_eq!(cache.attr(ino).map(|(a, left)| (a.version, left.as_secs())), Some((5, 14)));
         cache.put_attr(&cache.ticket(), &attr(7, 4));
         assert_eq!(cache.attr(ino).map(|(a, _)| a.version), Some(5));
-        tokio::time::advance(Duration::from_secs(1)).await;
+        clock.pass(Duration::from_secs(14));
+        assert!(cache.attr(ino).is_none(), "the master may have given the session up");
+        leases.confirmed(clock.boot(), Duration::from_secs(20));
+        assert!(cache.attr(ino).is_some());
+        let changing = cache.ticket();
+        assert_eq!(leases.recalled(ino, 1, None), Ok(Kind::Read));
         assert!(cache.attr(ino).is_none());
+        cache.leaving(ino);
+        assert_eq!(leases.left_behind(ino, None), Some(1));
+        leases.granted(ino, Kind::Read, 2);
+        assert!(cache.attr(ino).is_none(), "what was learned under another lease");
+        cache.learn(&changing, &attr(7, 6));
+        assert!(cache.attr(ino).is_none(), "somebody else may have changed it since");
+        cache.learn(&cache.ticket(), &attr(7, 7));
+        assert!(cache.attr(ino).is_some());
         cache.put_attr(&cache.ticket(), &attr(7, 4));
-        assert!(cache.attr(ino).is_none(), "an old version does not come back after its successor ran out");
+        assert!(cache.attr(ino).is_none(), "an old version does not come back");
+        cache.put_attr(&cache.ticket(), &attr(8, 1));
+        assert!(cache.attr(InodeNo(8)).is_none(), "nothing is believed without a lease");
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn what_was_asked_before_an_own_change_ended_is_not_kept() {
-        let (cache, dir) = (cache(), InodeNo(1));
+    #[test]
+    fn what_was_asked_before_an_own_change_ended_is_not_kept() {
+        let (cache, ..) = cache(&[1]);
+        let dir = InodeNo(1);
         let before = cache.ticket();
         cache.changed(dir);
         let between = cache.ticket();
-        cache.set_name(dir, b"a", None);
+        cache.set_name(&before, dir, b"a", None);
         for ticket in [before, between] {
             cache.put_name(&ticket, dir, b"a", Some(InodeNo(9)));
             assert_eq!(cache.name(dir, b"a").map(|(ino, _)| ino), Some(None));
@@ -286,11 +340,12 @@ mod tests {
         assert!(cache.name(dir, b"a").is_none());
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_directory_follows_own_changes_unless_their_order_is_unclear() {
-        let (cache, dir) = (cache(), InodeNo(1));
+    #[test]
+    fn a_directory_follows_own_changes_unless_their_order_is_unclear() {
+        let (cache, ..) = cache(&[1]);
+        let dir = InodeNo(1);
         let at = |seconds| Some(Timestamp { seconds, nanos: 0 });
-        cache.learn(&Attr { size: 4, nlink: 3, mtime: at(10), ctime: at(10), ..attr(1, 5) });
+        cache.learn(&cache.ticket(), &Attr { size: 4, nlink: 3, mtime: at(10), ctime: at(10), ..attr(1, 5) });
         cache.dir_changed(dir, at(12), 1, 1);
         let (known, _) = cache.attr(dir).expect("still known");
         assert_eq!((known.size, known.nlink, known.version, known.mtime), (5, 4, 6, at(12)));
@@ -301,17 +356,17 @@ mod tests {
         assert_eq!(cache.last_attr(dir).and_then(|attr| attr.atime), at(20));
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_forgotten_attribute_is_asked_again_and_the_number_of_entries_is_bounded() {
-        let cache = cache();
-        cache.learn(&attr(3, 2));
+    #[test]
+    fn a_forgotten_attribute_is_asked_again_and_the_number_of_entries_is_bounded() {
+        let (cache, ..) = cache(&[3]);
+        cache.learn(&cache.ticket(), &attr(3, 2));
         cache.forget_attr(InodeNo(3));
         assert!(cache.attr(InodeNo(3)).is_none());
         cache.put_attr(&cache.ticket(), &attr(3, 2));
         assert!(cache.attr(InodeNo(3)).is_some());
         for ino in 0..1000 {
-            cache.learn(&attr(ino, 1));
-            cache.set_name(InodeNo(ino), b"x", None);
+            cache.learn(&cache.ticket(), &attr(ino, 1));
+            cache.set_name(&cache.ticket(), InodeNo(ino), b"x", None);
         }
         let kept: usize = cache.attrs.iter().map(|shard| shard.lock().expect("shard").len()).sum();
         assert!(kept <= 64, "{kept}");

@@ -5,7 +5,9 @@ pub(crate) mod links;
 #[cfg(test)]
 mod tests;
 
+use crate::leases::Leases;
 use crate::master::Master;
+use crate::read::layout::Asked;
 use crate::read::{ReadState, Reader};
 use crate::write::driver::{Hooks, Writer};
 use crate::write::{Policy, Settings};
@@ -72,7 +74,7 @@ pub struct DataPlane {
 impl DataPlane {
     /// Must be called within a tokio runtime: background work runs there, whoever calls later and from where.
     #[must_use]
-    pub fn new(env: Env, master: Arc<dyn Master>, config: DataConfig) -> Arc<Self> {
+    pub fn new(env: Env, master: Arc<dyn Master>, config: DataConfig, leases: Arc<Leases>) -> Arc<Self> {
         let settings = Settings {
             memory: config.write_memory,
             append_progress: config.append_progress,
@@ -85,6 +87,7 @@ impl DataPlane {
             config.read_cache,
             config.readahead_bytes,
             config.operation_timeout,
+            leases,
         ));
         let hooks = Arc::new(ToReader(Arc::clone(&reader)));
         let writer = Writer::new(env, master, hooks, settings);
@@ -100,12 +103,27 @@ impl DataPlane {
         self.writer.try_write(ino, offset, data)
     }
 
-    /// Buffers bytes, waits while memory is full. After an error a front part may have been taken.
+    /// Buffers bytes as long as the write lease lasts, if that is asked for; waits while memory is full. Answers how many it
+    /// took. After an error a front part may have been taken.
     ///
     /// # Errors
     /// As [`DataPlane::try_write`], and ErrorIo when no memory came free within the operation time-out.
-    pub async fn write(&self, ino: InodeNo, offset: u64, data: &[u8]) -> FsResult<()> {
-        self.writer.write(ino, offset, data).await
+    pub async fn write(
+        &self,
+        ino: InodeNo,
+        offset: u64,
+        data: &[u8],
+        under: Option<&Leases>,
+    ) -> FsResult<usize> {
+        self.writer.write(ino, offset, data, under).await
+    }
+
+    /// Waits until there may be memory for writes.
+    ///
+    /// # Errors
+    /// ErrorIo when none came free within the operation time-out.
+    pub async fn room(&self) -> FsResult<()> {
+        self.writer.room().await
     }
 
     /// Returns when everything written to the inode so far is on disk on every replica and committed. Answers the
@@ -195,9 +213,15 @@ impl DataPlane {
         Ok(data.freeze())
     }
 
+    /// To be called before the master is asked something that it answers with a layout, too.
+    #[must_use]
+    pub fn asking(&self, ino: InodeNo) -> Asked {
+        self.reader.asking(ino)
+    }
+
     /// Takes note of an answer of the master about the file from its beginning ([`v1::Opened`]).
-    pub fn learn_layout(&self, ino: InodeNo, layout: &v1::Layout) {
-        self.reader.learn_layout(ino, layout);
+    pub fn learn_layout(&self, ino: InodeNo, layout: &v1::Layout, asked: Asked) {
+        self.reader.learn_layout(ino, layout, asked);
     }
 
     /// The inode's committed bytes have changed otherwise than by writes through here: truncated, cloned, punched.

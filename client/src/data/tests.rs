@@ -79,9 +79,9 @@ impl FakeMaster {
         let ino = InodeNo(commit.ino);
         if !books.sizes.contains_key(&commit.ino) {
             let asked = self.layouts.asking(ino);
-            self.layouts.learn(ino, &v1::Layout::default(), 0, u64::MAX, asked, Duration::ZERO);
+            self.layouts.learn(ino, &v1::Layout::default(), 0, u64::MAX, asked);
         }
-        self.layouts.committed(ino, &commit.slices, None, Duration::ZERO);
+        self.layouts.committed(ino, &commit.slices, None);
         let end = commit.slices.iter().map(|slice| slice.file_offset + slice.length).max().unwrap_or(0);
         let size = books.sizes.entry(commit.ino).or_default();
         *size = (*size).max(end);
@@ -93,8 +93,7 @@ impl FakeMaster {
     fn slices(&self, ask: &v1::GetSlices) -> Body {
         let mut books = self.books.lock().unwrap();
         books.layout_questions += 1;
-        let segments =
-            self.layouts.get(InodeNo(ask.ino), ask.offset, ask.offset + ask.length, 0, Duration::ZERO);
+        let segments = self.layouts.get(InodeNo(ask.ino), ask.offset, ask.offset + ask.length, 0);
         let mut slices: Vec<v1::Slice> =
             segments.unwrap_or_default().iter().filter_map(|segment| segment.slice).collect();
         let more = slices.len() > ask.max_slices as usize;
@@ -200,7 +199,7 @@ impl Cluster {
         let master = Arc::new(FakeMaster {
             key: ClusterKey::new(KEY).unwrap(),
             books: Mutex::new(books),
-            layouts: Layouts::default(),
+            layouts: Layouts::new(None),
             session: watch::channel(SessionId(1)).0,
         });
         Self { dir, daemons: running, master }
@@ -211,7 +210,11 @@ impl Cluster {
     }
 
     fn client_with(&self, config: DataConfig) -> Arc<DataPlane> {
-        DataPlane::new(Env::real(), Arc::clone(&self.master) as Arc<dyn Master>, config)
+        let (leases, _) = crate::leases::testing::leases();
+        for ino in (0..100).map(InodeNo) {
+            assert_eq!(leases.granted(ino, crate::leases::Kind::Read, 1), None);
+        }
+        DataPlane::new(Env::real(), Arc::clone(&self.master) as Arc<dyn Master>, config, leases)
     }
 
     fn books<T>(&self, look: impl FnOnce(&Books) -> T) -> T {
@@ -235,7 +238,7 @@ async fn write(data: &DataPlane, ino: u64, offset: u64, bytes: &[u8], step: usiz
         let offset = offset + (at * step) as u64;
         match data.try_write(InodeNo(ino), offset, part) {
             Some(result) => result.unwrap(),
-            None => data.write(InodeNo(ino), offset, part).await.unwrap(),
+            None => drop(data.write(InodeNo(ino), offset, part, None).await.unwrap()),
         }
     }
 }

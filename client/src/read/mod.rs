@@ -19,6 +19,7 @@ pub(crate) mod peers;
 
 pub use ahead::ReadState;
 
+use crate::leases::Leases;
 use crate::master::Master;
 use access::{Accesses, Place};
 use ahead::BLOCK;
@@ -33,13 +34,15 @@ use dfs_proto::{ChunkId, FsError, FsResult, InodeNo};
 use fetch::Fetcher;
 use flights::{Flights, Ticket};
 use futures::StreamExt;
-use layout::{Layouts, Segment};
+use layout::{Asked, Layouts, Segment};
 use peers::Peers;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
+/// The version of a file whose attributes need not be those that its bytes are of.
+pub const ANY_VERSION: u64 = u64::MAX;
 /// Parts of one read that are fetched at the same time.
 const PARTS_AT_ONCE: usize = 64;
 /// Answers of the master that one layout may take; a file of tiny slices is read in pieces anyway.
@@ -47,7 +50,6 @@ const LAYOUT_ANSWERS_MAX: usize = 1024;
 
 /// The read side with its I/O.
 pub(crate) struct Reader {
-    env: Env,
     master: Arc<dyn Master>,
     layouts: Layouts,
     blocks: Arc<Blocks>,
@@ -108,18 +110,18 @@ impl Reader {
         read_cache: u64,
         readahead: u64,
         operation_timeout: Option<Duration>,
+        leases: Arc<Leases>,
     ) -> Self {
         let handle = Handle::current();
         let accesses = Arc::new(Accesses::new(env.clone(), Arc::clone(&master)));
         let peers = Peers::new(env.clone(), handle.clone());
         Self {
-            layouts: Layouts::default(),
+            layouts: Layouts::new(Some(leases)),
             blocks: Arc::new(Blocks::new(read_cache)),
             fetcher: Arc::new(Fetcher::new(peers, Arc::clone(&accesses), operation_timeout)),
             flights: Arc::new(Flights::default()),
             // What is read ahead must still be in the cache when it is asked for.
             ahead: readahead.min(read_cache / 4),
-            env,
             master,
             accesses,
             handle,
@@ -135,36 +137,43 @@ impl Reader {
     }
 
     pub(crate) fn committed(&self, ino: InodeNo, slices: &[CommitSlice], version: Option<u64>) {
-        self.layouts.committed(ino, slices, version, self.env.clock.boot());
+        self.layouts.committed(ino, slices, version);
     }
 
     pub(crate) fn forget_layout(&self, ino: InodeNo) {
-        self.layouts.forget(ino, self.env.clock.boot());
+        self.layouts.forget(ino);
+    }
+
+    /// To be called before something is asked whose answer has a layout in it.
+    pub(crate) fn asking(&self, ino: InodeNo) -> Asked {
+        self.layouts.asking(ino)
     }
 
     /// An answer about the file from its beginning.
-    pub(crate) fn learn_layout(&self, ino: InodeNo, layout: &Layout) {
+    pub(crate) fn learn_layout(&self, ino: InodeNo, layout: &Layout, asked: Asked) {
         self.accesses.learn(&layout.chunks);
-        self.layouts.learn_unasked(ino, layout, self.env.clock.boot());
+        self.layouts.learn(ino, layout, 0, layout.complete_to, asked);
     }
 
     /// Where the bytes `[from, to)` of a file are.
     async fn segments(&self, ino: InodeNo, from: u64, to: u64, version: u64) -> FsResult<Vec<Segment>> {
-        if let Some(segments) = self.layouts.get(ino, from, to, version, self.env.clock.boot()) {
+        if let Some(segments) = self.layouts.get(ino, from, to, version) {
             return Ok(segments);
         }
-        let private = Layouts::default();
+        let private = Layouts::new(None);
         let mut at = from;
         for _ in 0..LAYOUT_ANSWERS_MAX {
             let asked = self.layouts.asking(ino);
-            let now = self.env.clock.boot();
             let (layout, complete) = self.ask_layout(ino, at).await?;
+            if version != ANY_VERSION && layout.attr.is_some_and(|attr| attr.version != version) {
+                return Err(FsError::new(ErrorCode::ErrorConflict, "somebody else has changed the file"));
+            }
             self.accesses.learn(&layout.chunks);
-            self.layouts.learn(ino, &layout, at, complete, asked, now);
+            self.layouts.learn(ino, &layout, at, complete, asked);
             // This read began before whatever has changed since: the answer serves it even where it is not kept.
-            private.learn(ino, &layout, at, complete, private.asking(ino), Duration::ZERO);
+            private.learn(ino, &layout, at, complete, private.asking(ino));
             if complete >= to {
-                let segments = private.get(ino, from, to, 0, Duration::ZERO);
+                let segments = private.get(ino, from, to, 0);
                 return segments.ok_or_else(|| FsError::new(ErrorCode::ErrorIo, "the layout has gaps"));
             }
             if complete <= at {
@@ -327,7 +336,7 @@ impl Reader {
         if range.is_empty() {
             return;
         }
-        let Some(segments) = self.layouts.get(ino, range.start, range.end, 0, self.env.clock.boot()) else {
+        let Some(segments) = self.layouts.get(ino, range.start, range.end, 0) else {
             return;
         };
         for segment in segments {

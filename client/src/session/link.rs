@@ -131,7 +131,7 @@ fn accept(shared: &Arc<Shared>, address: &str, first: MasterFrame) -> Result<(),
         return Err(End::Refused { error: FsError::new(ErrorCode::ErrorVersion, text), leader: None });
     }
     shared.take_welcome(address, welcome).map_err(|error| End::Refused { error, leader: None })?;
-    shared.answered(first.replies);
+    shared.received(first);
     Ok(())
 }
 
@@ -158,7 +158,7 @@ async fn serve(shared: &Arc<Shared>, mut stream: Streaming<MasterFrame>) -> End 
                     if let Err(refused) = refusal(&frame) {
                         return refused;
                     }
-                    if shared.answered(frame.replies) {
+                    if shared.received(frame) {
                         return lost("the master lost the lead".to_owned());
                     }
                 }
@@ -170,7 +170,7 @@ async fn serve(shared: &Arc<Shared>, mut stream: Streaming<MasterFrame>) -> End 
                 if heard.elapsed() > SILENCE {
                     return lost(format!("the master was silent for {:?}", heard.elapsed()));
                 }
-                if asked.elapsed() >= Duration::from_millis(limits::KEEP_ALIVE_MS) {
+                if asked.elapsed() >= shared.keep_alive_interval() {
                     asked = Instant::now();
                     shared.keep_alive();
                 }
@@ -215,7 +215,7 @@ impl futures::Stream for Outbound {
         if state.stream != self.stream || state.goodbye_sent() {
             return Poll::Ready(None);
         }
-        match state.frame() {
+        match state.frame(self.shared.env.clock.boot()) {
             Some(frame) => Poll::Ready(Some(frame)),
             None => {
                 state.waker = Some(cx.waker().clone());

@@ -14,16 +14,18 @@ mod link;
 mod requests;
 mod route;
 
+use crate::leases::{Kind, Leases};
 use crate::{ClientConfig, Defaults, Master, settings};
 use async_trait::async_trait;
 use dfs_env::Env;
-use dfs_proto::v1::{self, Cred, ErrorCode, Hello, Reply, Timestamp, Welcome, answer, hold, request};
+use dfs_proto::v1::{self, Cred, ErrorCode, Hello, MasterFrame, Timestamp, Welcome, answer, hold, request};
 use dfs_proto::{FsError, FsResult, InodeNo, SessionId, limits};
+pub use requests::Leaving;
 use requests::{Answered, Outcome, State};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout};
 
 /// How often requests whose time is up are looked for.
@@ -51,6 +53,9 @@ struct Shared {
     finished: watch::Sender<bool>,
     /// The master takes root for nobody.
     root_squash: AtomicBool,
+    leases: Arc<Leases>,
+    /// Leases to be given up, for whoever knows what is cached under them.
+    leaving: mpsc::UnboundedSender<Leaving>,
 }
 
 impl Session {
@@ -59,12 +64,19 @@ impl Session {
     /// # Errors
     /// After `connect_timeout`, with the addresses tried and the causes; sooner when every master that answers refuses
     /// for good, and at once when no master is configured.
-    pub async fn connect(env: Env, config: &ClientConfig) -> FsResult<Arc<Self>> {
+    ///
+    /// The second of the pair tells of leases that are to be given up; [`Session::give_back`] answers.
+    pub async fn connect(
+        env: Env,
+        config: &ClientConfig,
+    ) -> FsResult<(Arc<Self>, mpsc::UnboundedReceiver<Leaving>)> {
         if config.masters.is_empty() {
             return Err(FsError::new(ErrorCode::ErrorInvalid, "no masters are configured"));
         }
         let host = if config.host.is_empty() { settings::host_name() } else { config.host.clone() };
-        let mut state = State::new(env.random(), config.cluster_id.clone());
+        let leases = Arc::new(Leases::new(Arc::clone(&env.clock), limits::LEASES_PER_CLIENT));
+        let (leaving, to_leave) = mpsc::unbounded_channel();
+        let mut state = State::new(env.random(), config.cluster_id.clone(), Arc::clone(&leases));
         state.cause = format!("no answer from {}", config.masters.join(", "));
         let shared = Arc::new(Shared {
             masters: config.masters.clone(),
@@ -78,6 +90,8 @@ impl Session {
             closed: watch::Sender::new(false),
             finished: watch::Sender::new(false),
             root_squash: AtomicBool::new(false),
+            leases,
+            leaving,
             env,
         });
         tokio::spawn(link::run(Arc::clone(&shared)));
@@ -93,7 +107,7 @@ impl Session {
             }
         };
         match timeout(config.connect_timeout, waiting).await {
-            Ok(Ok(())) => Ok(session),
+            Ok(Ok(())) => Ok((session, to_leave)),
             Ok(Err(())) => Err(shared.broken().unwrap_or_else(|| ErrorCode::ErrorUnavailable.into())),
             Err(_) => Err(FsError::new(
                 ErrorCode::ErrorTimedOut,
@@ -149,6 +163,18 @@ impl Session {
     #[must_use]
     pub fn has_locks_on(&self, ino: InodeNo) -> bool {
         self.shared.state().has_locks_on(ino.get())
+    }
+
+    /// The leases that this client holds.
+    #[must_use]
+    pub fn leases(&self) -> &Arc<Leases> {
+        &self.shared.leases
+    }
+
+    /// A lease was given up, down to `keep`: what was kept under the rest is committed, what was cached is dropped.
+    pub fn give_back(&self, ino: InodeNo, keep: Option<Kind>) {
+        self.shared.state().give_back(ino, keep);
+        self.shared.wake();
     }
 
     /// Sends an ephemeral operation without waiting for its answer.
@@ -309,7 +335,7 @@ impl Shared {
 
     fn hello(&self) -> (u64, Hello) {
         let mut state = self.state();
-        let hello = state.hello(&self.name, &self.host);
+        let hello = state.hello(&self.name, &self.host, self.env.clock.boot());
         (state.stream, hello)
     }
 
@@ -356,12 +382,9 @@ impl Shared {
         *time = (if ahead { ours } else { now }, boot);
     }
 
-    /// Hands out answers. True: the master no longer leads.
-    fn answered(&self, replies: Vec<Reply>) -> bool {
-        if replies.is_empty() {
-            return false;
-        }
-        let outcome = self.state().answered(replies);
+    /// Takes a frame in. True: the master no longer leads.
+    fn received(&self, frame: MasterFrame) -> bool {
+        let outcome = self.state().received(frame);
         let not_leader = outcome.not_leader;
         self.settle(outcome);
         not_leader
@@ -390,6 +413,11 @@ impl Shared {
         self.wake();
     }
 
+    /// How often to say that this client lives: several times in a session's life.
+    fn keep_alive_interval(&self) -> Duration {
+        Duration::from_millis(limits::KEEP_ALIVE_MS).min(self.state().ttl() / 5)
+    }
+
     fn goodbye_sent(&self) -> bool {
         self.state().goodbye_sent()
     }
@@ -409,6 +437,10 @@ impl Shared {
 
     fn settle(&self, outcome: Outcome) {
         self.window.add_permits(outcome.freed);
+        for leaving in outcome.leaving {
+            // Nobody listens any more: the client is being shut down.
+            let _gone = self.leaving.send(leaving);
+        }
         for completion in outcome.completions {
             // Nobody there any more: what matters of that was seen to under the lock.
             drop(completion.reply.send(completion.result));

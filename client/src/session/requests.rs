@@ -15,14 +15,17 @@
 //! hours must not make it keep the answers of everything since.
 
 use super::held::Held;
+use crate::leases::{Kind, Leases};
 use dfs_proto::v1::{
-    self, Answer, CancelLock, ClientFrame, Cred, ErrorCode, Goodbye, Hello, MasterFrame, Reply, Request,
-    answer::Body, hold, mutation, request,
+    self, Answer, CancelLock, ClientFrame, Cred, ErrorCode, Goodbye, Hello, LeaseReturn, MasterFrame, Reply,
+    Request, answer::Body, hold, mutation, request,
 };
-use dfs_proto::{FsError, FsResult, PROTOCOL_VERSION, limits};
+use dfs_proto::{FsError, FsResult, InodeNo, PROTOCOL_VERSION, limits};
 use prost::Message;
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::task::Waker;
+use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -42,6 +45,15 @@ pub(super) struct Outcome {
     pub freed: usize,
     /// The master no longer leads: reconnect.
     pub not_leader: bool,
+    /// Leases to be given up.
+    pub leaving: Vec<Leaving>,
+}
+
+/// A lease is to be given up, down to `keep`. Nothing is believed beyond that any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaving {
+    pub ino: InodeNo,
+    pub keep: Option<Kind>,
 }
 
 struct Pending {
@@ -74,6 +86,12 @@ pub(super) struct State {
     pub waker: Option<Waker>,
     keep_alive: u64,
     keep_alive_due: bool,
+    /// When the hello and the keep-alives that are not answered were sent, since boot.
+    hello_at: Duration,
+    alive_at: VecDeque<(u64, Duration)>,
+    leases: Arc<Leases>,
+    /// Leases given back, to be sent.
+    returned: Vec<LeaseReturn>,
     goodbye: Option<bool>,
     pub session: u64,
     pub nonce: u64,
@@ -81,6 +99,8 @@ pub(super) struct State {
     pub leader: String,
     pub replicas: u32,
     pub chunk_size: u64,
+    /// How long the session outlives its last sign of life.
+    ttl: Duration,
     /// Set once, for good: every call fails with it.
     pub broken: Option<FsError>,
     /// Why there is no stream at the moment, for the error of those whose time is up.
@@ -88,7 +108,7 @@ pub(super) struct State {
 }
 
 impl State {
-    pub fn new(nonce: u64, cluster_id: String) -> Self {
+    pub fn new(nonce: u64, cluster_id: String, leases: Arc<Leases>) -> Self {
         Self {
             next_seq: 1,
             pending: BTreeMap::new(),
@@ -101,6 +121,10 @@ impl State {
             waker: None,
             keep_alive: 0,
             keep_alive_due: false,
+            hello_at: Duration::ZERO,
+            alive_at: VecDeque::new(),
+            leases,
+            returned: Vec::new(),
             goodbye: None,
             session: 0,
             nonce,
@@ -108,6 +132,7 @@ impl State {
             leader: String::new(),
             replicas: 0,
             chunk_size: 0,
+            ttl: Duration::ZERO,
             broken: None,
             cause: "no answer".to_owned(),
         }
@@ -134,8 +159,8 @@ impl State {
         seq
     }
 
-    /// What to send next: everything that waits, as far as it fits into one frame.
-    pub fn frame(&mut self) -> Option<ClientFrame> {
+    /// What to send next, at `now` since boot: everything that waits, as far as it fits into one frame.
+    pub fn frame(&mut self, now: Duration) -> Option<ClientFrame> {
         if !self.welcomed {
             return None;
         }
@@ -161,12 +186,16 @@ impl State {
         if std::mem::take(&mut self.keep_alive_due) {
             self.keep_alive += 1;
             frame.keep_alive = self.keep_alive;
+            self.alive_at.push_back((self.keep_alive, now));
         }
+        let returned = self.returned.len().min(limits::FRAME_REQUESTS_MAX);
+        frame.returned.extend(self.returned.drain(..returned));
         if self.unsent.is_empty() && self.goodbye == Some(false) {
             self.goodbye = Some(true);
             frame.goodbye = Some(Goodbye {});
         }
-        if frame.requests.is_empty() && frame.keep_alive == 0 && frame.goodbye.is_none() {
+        let empty = frame.requests.is_empty() && frame.returned.is_empty();
+        if empty && frame.keep_alive == 0 && frame.goodbye.is_none() {
             return None;
         }
         frame.lowest_unanswered = self.lowest_unanswered();
@@ -178,9 +207,47 @@ impl State {
         self.pending.iter().find(|(_, pending)| mutation(pending)).map_or(self.next_seq, |(seq, _)| *seq)
     }
 
-    /// Answers have come.
-    pub fn answered(&mut self, replies: Vec<Reply>) -> Outcome {
+    /// A frame has come: the leases that come with its answers count before anybody is told of these, and what is recalled
+    /// ends after.
+    pub fn received(&mut self, frame: MasterFrame) -> Outcome {
         let mut outcome = Outcome::default();
+        for reply in &frame.replies {
+            for (kind, inos) in [(Kind::Read, &reply.read_leases), (Kind::Write, &reply.write_leases)] {
+                let surplus =
+                    inos.iter().filter_map(|ino| self.leases.granted(InodeNo(*ino), kind, reply.grant));
+                outcome.leaving.extend(surplus.map(|ino| Leaving { ino, keep: None }));
+            }
+        }
+        self.answered(frame.replies, &mut outcome);
+        for recall in frame.recalls {
+            let (ino, keep) = (InodeNo(recall.ino), Kind::from_proto(recall.keep()));
+            match self.leases.recalled(ino, recall.grant, keep) {
+                Ok(_) => outcome.leaving.push(Leaving { ino, keep }),
+                // Nothing is held under it.
+                Err(Some(grant)) => {
+                    self.returned.push(LeaseReturn { ino: recall.ino, grant, ..LeaseReturn::default() })
+                }
+                Err(None) => {}
+            }
+        }
+        while let Some((number, sent)) = self.alive_at.front().copied()
+            && number <= frame.keep_alive
+        {
+            self.alive_at.pop_front();
+            self.leases.confirmed(sent, self.ttl);
+        }
+        outcome
+    }
+
+    /// A lease was given up, as far as it was asked for.
+    pub fn give_back(&mut self, ino: InodeNo, keep: Option<Kind>) {
+        if let Some(grant) = self.leases.left_behind(ino, keep) {
+            let keep = Kind::to_proto(keep).into();
+            self.returned.push(LeaseReturn { ino: ino.get(), grant, keep });
+        }
+    }
+
+    fn answered(&mut self, replies: Vec<Reply>, outcome: &mut Outcome) {
         for reply in replies {
             let result = match reply.answer {
                 Some(Answer { body: Some(Body::Failure(failure)) }) => Err(FsError::from(failure)),
@@ -206,7 +273,6 @@ impl State {
                 self.complete(pending, result, &mut outcome.completions);
             }
         }
-        outcome
     }
 
     fn complete(&mut self, mut pending: Pending, result: FsResult<Body>, completions: &mut Vec<Completion>) {
@@ -302,7 +368,8 @@ impl State {
 
     /// Whether the stream should be woken.
     pub fn has_work(&self) -> bool {
-        self.welcomed && (!self.unsent.is_empty() || self.keep_alive_due || self.goodbye == Some(false))
+        let other = self.keep_alive_due || !self.returned.is_empty() || self.goodbye == Some(false);
+        self.welcomed && (other || !self.unsent.is_empty())
     }
 
     pub fn want_keep_alive(&mut self) {
@@ -313,16 +380,26 @@ impl State {
         self.goodbye.get_or_insert(false);
     }
 
+    /// How long the session outlives its last sign of life.
+    pub fn ttl(&self) -> Duration {
+        self.ttl
+    }
+
     /// Whether the goodbye is on its way.
     pub fn goodbye_sent(&self) -> bool {
         self.goodbye == Some(true)
     }
 
     /// A new stream: its first frame. From here the old one is silent.
-    pub fn hello(&mut self, name: &str, host: &str) -> Hello {
+    pub fn hello(&mut self, name: &str, host: &str, now: Duration) -> Hello {
         self.stream += 1;
         self.welcomed = false;
         self.waker = None;
+        self.hello_at = now;
+        self.alive_at.clear();
+        // What was given back is not asserted.
+        self.returned.clear();
+        let held = self.leases.assert();
         Hello {
             version: PROTOCOL_VERSION,
             session: self.session,
@@ -332,6 +409,9 @@ impl State {
             opens: self.held.opens(),
             locks: self.held.locks(),
             cluster_id: self.cluster_id.clone(),
+            takes_leases: true,
+            read_leases: held.read,
+            write_leases: held.write,
         }
     }
 
@@ -341,6 +421,8 @@ impl State {
         self.cluster_id.clone_from(&welcome.cluster_id);
         self.replicas = welcome.replicas;
         self.chunk_size = welcome.chunk_size;
+        self.ttl = Duration::from_millis(welcome.ttl_ms);
+        self.leases.confirmed(self.hello_at, self.ttl);
         // The master forgot the waits of the lost stream: what was cancelled is over, and so is the cancelling.
         let over: Vec<u64> = self
             .pending
@@ -363,6 +445,8 @@ impl State {
         self.session = 0;
         self.nonce = nonce;
         self.welcomed = false;
+        self.returned.clear();
+        self.alive_at.clear();
         let lost = self.held.drop_locks();
         if lost > 0 {
             tracing::warn!(owners = lost, "the session expired: its locks are lost");
@@ -374,6 +458,8 @@ impl State {
             .map(|(seq, _)| *seq)
             .collect();
         let mut outcome = Outcome::default();
+        let ended = self.leases.end();
+        outcome.leaving.extend(ended.into_iter().map(|(ino, _)| Leaving { ino, keep: None }));
         for seq in unknown {
             let Some(mut pending) = self.remove(seq, &mut outcome.freed) else { continue };
             if let Some(reply) = pending.reply.take() {

@@ -1,4 +1,7 @@
 use super::*;
+use crate::leases::testing::leases;
+
+const NOW: Duration = Duration::from_secs(1_000);
 
 fn mutation() -> request::Op {
     request::Op::Mutation(v1::Mutation { op: Some(mutation::Op::Unlink(v1::Unlink::default())) })
@@ -21,8 +24,8 @@ fn welcome(session: u64) -> v1::Welcome {
 }
 
 fn connected() -> State {
-    let mut state = State::new(7, String::new());
-    state.hello("n", "h");
+    let mut state = State::new(7, String::new(), leases().0);
+    state.hello("n", "h", NOW);
     state.welcome(&welcome(3), &mut 0);
     state
 }
@@ -33,7 +36,11 @@ fn submit(state: &mut State, op: request::Op) -> (u64, oneshot::Receiver<FsResul
 }
 
 fn reply(seq: u64, body: Body) -> Reply {
-    Reply { seq, answer: Some(Answer { body: Some(body) }) }
+    Reply { seq, answer: Some(Answer { body: Some(body) }), ..Reply::default() }
+}
+
+fn answered(state: &mut State, replies: Vec<Reply>) -> Outcome {
+    state.received(MasterFrame { replies, ..MasterFrame::default() })
 }
 
 fn failure(seq: u64, code: ErrorCode) -> Reply {
@@ -47,7 +54,7 @@ fn done(outcome: Outcome) -> usize {
 }
 
 fn sent(state: &mut State) -> Vec<u64> {
-    state.frame().map_or(Vec::new(), |frame| frame.requests.iter().map(|request| request.seq).collect())
+    state.frame(NOW).map_or(Vec::new(), |frame| frame.requests.iter().map(|request| request.seq).collect())
 }
 
 #[test]
@@ -57,17 +64,17 @@ fn what_waits_goes_in_one_frame_and_again_in_order_after_a_reconnect() {
     let (second, _b) = submit(&mut state, query());
     let (third, mut c) = submit(&mut state, mutation());
     assert_eq!(sent(&mut state), [first, second, third]);
-    assert_eq!(sent(&mut state), []);
-    assert_eq!(done(state.answered(vec![reply(first, Body::Empty(v1::Empty {}))])), 1);
-    state.hello("n", "h");
-    assert!(state.frame().is_none(), "nothing is sent before the welcome");
+    assert!(sent(&mut state).is_empty());
+    assert_eq!(done(answered(&mut state, vec![reply(first, Body::Empty(v1::Empty {}))])), 1);
+    state.hello("n", "h", NOW);
+    assert!(state.frame(NOW).is_none(), "nothing is sent before the welcome");
     state.welcome(&welcome(3), &mut 0);
-    let frame = state.frame().expect("the unanswered");
+    let frame = state.frame(NOW).expect("the unanswered");
     assert_eq!(frame.requests.iter().map(|r| r.seq).collect::<Vec<_>>(), [second, third]);
     assert_eq!(frame.lowest_unanswered, third, "a query keeps no answers alive");
     // Answered twice: once by the old stream's leader, once by the new one's.
     let twice = vec![reply(third, Body::Empty(v1::Empty {})), reply(third, Body::Empty(v1::Empty {}))];
-    assert_eq!(done(state.answered(twice)), 1);
+    assert_eq!(done(answered(&mut state, twice)), 1);
     assert!(c.try_recv().expect("answered").is_ok());
 }
 
@@ -94,13 +101,13 @@ fn a_refusal_by_a_master_without_the_lead_is_no_answer() {
     let mut state = connected();
     let (seq, mut receiver) = submit(&mut state, mutation());
     sent(&mut state);
-    assert!(state.answered(vec![failure(seq, ErrorCode::ErrorNotLeader)]).not_leader);
-    assert!(!state.answered(vec![failure(seq, ErrorCode::ErrorUnavailable)]).not_leader);
+    assert!(answered(&mut state, vec![failure(seq, ErrorCode::ErrorNotLeader)]).not_leader);
+    assert!(!answered(&mut state, vec![failure(seq, ErrorCode::ErrorUnavailable)]).not_leader);
     assert!(receiver.try_recv().is_err());
-    assert_eq!(sent(&mut state), []);
+    assert!(sent(&mut state).is_empty());
     state.retry_deferred();
     assert_eq!(sent(&mut state), [seq]);
-    done(state.answered(vec![failure(seq, ErrorCode::ErrorExists)]));
+    done(answered(&mut state, vec![failure(seq, ErrorCode::ErrorExists)]));
     let error = receiver.try_recv().expect("answered").expect_err("failed");
     assert_eq!(error.code, ErrorCode::ErrorExists);
 }
@@ -120,12 +127,15 @@ fn the_hello_asserts_opens_and_locks_again() {
         created: true,
         ..v1::Entry::default()
     };
-    done(state.answered(vec![
-        reply(open, Body::Opened(v1::Opened::default())),
-        reply(create, Body::Entry(made)),
-        reply(locked, Body::Empty(v1::Empty {})),
-    ]));
-    let hello = state.hello("n", "h");
+    done(answered(
+        &mut state,
+        vec![
+            reply(open, Body::Opened(v1::Opened::default())),
+            reply(create, Body::Entry(made)),
+            reply(locked, Body::Empty(v1::Empty {})),
+        ],
+    ));
+    let hello = state.hello("n", "h", NOW);
     assert_eq!((hello.session, hello.nonce, hello.cluster_id.as_str()), (3, 7, "c"));
     assert_eq!(hello.opens.iter().map(|open| open.ino).collect::<Vec<_>>(), [5, 6]);
     assert_eq!(hello.locks.len(), 1);
@@ -153,7 +163,7 @@ fn an_expired_session_fails_changes_of_unknown_outcome_and_carries_over_the_rest
         let error = answer.try_recv().expect("answered").expect_err("failed");
         assert_eq!(error.code, ErrorCode::ErrorIo);
     }
-    let hello = state.hello("n", "h");
+    let hello = state.hello("n", "h", NOW);
     assert_eq!((hello.session, hello.nonce), (0, 8));
     state.welcome(&welcome(4), &mut 0);
     assert_eq!(sent(&mut state), [commit, asked, unsent]);
@@ -166,10 +176,10 @@ fn a_lock_nobody_waits_for_is_cancelled_and_taken_back_if_it_was_granted_all_the
     assert_eq!(sent(&mut state), [waiting]);
     drop(a);
     state.cancel(waiting, &mut 0);
-    let frame = state.frame().expect("the cancelling");
+    let frame = state.frame(NOW).expect("the cancelling");
     assert_eq!(frame.requests[0].op, Some(hold(hold::Op::CancelLock(CancelLock { seq: waiting }))));
-    done(state.answered(vec![reply(waiting, Body::Empty(v1::Empty {}))]));
-    let frame = state.frame().expect("the way back");
+    done(answered(&mut state, vec![reply(waiting, Body::Empty(v1::Empty {}))]));
+    let frame = state.frame(NOW).expect("the way back");
     let Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(step)) })) = &frame.requests[0].op else {
         panic!("{frame:?}")
     };
@@ -182,11 +192,11 @@ fn a_lock_nobody_waits_for_is_cancelled_and_taken_back_if_it_was_granted_all_the
     let (waiting, _c) = submit(&mut state, hold(hold::Op::Lock(lock(4))));
     sent(&mut state);
     state.cancel(waiting, &mut 0);
-    state.hello("n", "h");
+    state.hello("n", "h", NOW);
     let mut freed = 0;
     state.welcome(&welcome(3), &mut freed);
     assert_eq!(freed, 1);
-    let left = state.frame().expect("the way back of the first");
+    let left = state.frame(NOW).expect("the way back of the first");
     assert_eq!(left.requests.len(), 1);
 }
 
@@ -196,8 +206,8 @@ fn an_open_nobody_waits_for_is_closed_again() {
     let (open, a) = submit(&mut state, hold(hold::Op::Open(v1::Open { ino: 5, ..v1::Open::default() })));
     sent(&mut state);
     drop(a);
-    done(state.answered(vec![reply(open, Body::Opened(v1::Opened::default()))]));
-    let frame = state.frame().expect("the close");
+    done(answered(&mut state, vec![reply(open, Body::Opened(v1::Opened::default()))]));
+    let frame = state.frame(NOW).expect("the close");
     assert_eq!(frame.requests[0].op, Some(hold(hold::Op::Close(v1::Close { ino: 5 }))));
 }
 
@@ -208,7 +218,7 @@ async fn whose_time_is_up_is_told_the_cause() {
     let (reply, mut receiver) = oneshot::channel();
     state.submit(&Cred::default(), mutation(), Some(reply), Some(deadline), true);
     let (_, mut patient) = submit(&mut state, mutation());
-    state.hello("n", "h");
+    state.hello("n", "h", NOW);
     state.cause = "a:1: Connection refused".into();
     assert_eq!(done(state.overdue(Instant::now(), String::new)), 0);
     tokio::time::advance(std::time::Duration::from_secs(1)).await;
@@ -226,7 +236,7 @@ fn after_a_lasting_failure_everybody_is_told() {
     let outcome = state.fail_all(&ErrorCode::ErrorVersion.into());
     assert_eq!((outcome.freed, done(outcome)), (1, 1));
     assert!(a.try_recv().expect("answered").is_err());
-    assert!(state.broken.is_some() && state.frame().is_none());
+    assert!(state.broken.is_some() && state.frame(NOW).is_none());
 }
 
 #[test]
@@ -235,7 +245,51 @@ fn the_goodbye_follows_everything_else() {
     let (seq, _a) = submit(&mut state, mutation());
     state.say_goodbye();
     assert!(state.has_work());
-    let frame = state.frame().expect("last frame");
+    let frame = state.frame(NOW).expect("last frame");
     assert_eq!((frame.requests[0].seq, frame.goodbye), (seq, Some(Goodbye {})));
-    assert!(state.goodbye_sent() && state.frame().is_none());
+    assert!(state.goodbye_sent() && state.frame(NOW).is_none());
+}
+
+#[test]
+fn leases_count_before_their_answers_and_are_given_back_under_their_numbers() {
+    let mut state = connected();
+    let (seq, mut receiver) = submit(&mut state, query());
+    sent(&mut state);
+    let granted = Reply { grant: 4, read_leases: vec![5, 6], ..reply(seq, Body::Empty(v1::Empty {})) };
+    let recall = v1::Recall { ino: 5, grant: 4, ..v1::Recall::default() };
+    let unknown = v1::Recall { ino: 9, grant: 3, ..v1::Recall::default() };
+    let outcome = state.received(MasterFrame {
+        replies: vec![granted],
+        recalls: vec![recall, recall, unknown],
+        ..MasterFrame::default()
+    });
+    assert_eq!(outcome.leaving, [Leaving { ino: InodeNo(5), keep: None }]);
+    done(outcome);
+    assert!(receiver.try_recv().is_ok());
+    assert_eq!((state.leases.kind(InodeNo(5)), state.leases.kind(InodeNo(6))), (None, Some(Kind::Read)));
+    let returned = |ino, grant| LeaseReturn { ino, grant, ..LeaseReturn::default() };
+    assert_eq!(state.frame(NOW).expect("not held").returned, [returned(9, 3)]);
+    state.give_back(InodeNo(5), None);
+    assert_eq!(state.frame(NOW).expect("given back").returned, [returned(5, 4)]);
+    let hello = state.hello("n", "h", NOW);
+    assert_eq!((hello.read_leases, hello.takes_leases), (vec![6], true));
+    assert_eq!(state.expired(8).leaving, [Leaving { ino: InodeNo(6), keep: None }]);
+    assert!(state.hello("n", "h", NOW).read_leases.is_empty());
+}
+
+#[test]
+fn leases_count_from_when_a_message_was_sent_that_the_master_confirmed() {
+    let mut state = connected();
+    let ttl = v1::Welcome { ttl_ms: 20_000, ..welcome(3) };
+    state.hello("n", "h", NOW);
+    state.welcome(&ttl, &mut 0);
+    let left = |state: &State| state.leases.left();
+    // NOW, the time to live and no margin yet: the clock of the test stands still there.
+    assert_eq!(left(&state), Duration::from_secs(18));
+    state.want_keep_alive();
+    let alive = state.frame(NOW + Duration::from_secs(2)).expect("a keep-alive").keep_alive;
+    state.want_keep_alive();
+    state.frame(NOW + Duration::from_secs(4)).expect("another");
+    state.received(MasterFrame { keep_alive: alive, ..MasterFrame::default() });
+    assert_eq!(left(&state), Duration::from_secs(20));
 }

@@ -4,7 +4,7 @@ use super::*;
 use dfs_env::rpc::{self, Tuning};
 use dfs_env::{Listener, Net, Stream};
 use dfs_proto::v1::session_server::{Session as Service, SessionServer};
-use dfs_proto::v1::{Answer, ClientFrame, MasterFrame, Mutation, Request, mutation, query};
+use dfs_proto::v1::{Answer, ClientFrame, Mutation, Reply, Request, mutation, query};
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::pin::Pin;
@@ -93,7 +93,7 @@ impl World {
             }
             _ => Answer { body: Some(answer::Body::Empty(v1::Empty {})) },
         };
-        Reply { seq: request.seq, answer: Some(answer) }
+        Reply { seq: request.seq, answer: Some(answer), ..Reply::default() }
     }
 
     fn answer(&mut self, frame: &ClientFrame) -> MasterFrame {
@@ -169,7 +169,8 @@ impl Test {
     }
 
     async fn connect(&self, masters: &[&str]) -> FsResult<Arc<Session>> {
-        Session::connect(self.env.clone(), &ClientConfig::new(masters.iter().copied())).await
+        let config = ClientConfig::new(masters.iter().copied());
+        Session::connect(self.env.clone(), &config).await.map(|(session, _)| session)
     }
 
     fn world(&self) -> MutexGuard<'_, World> {
@@ -249,6 +250,7 @@ async fn every_change_is_made_once_while_streams_break_and_answers_repeat() {
                     answer: Some(Answer {
                         body: Some(answer::Body::Failure(FsError::from(ErrorCode::ErrorNotLeader).into())),
                     }),
+                    ..Reply::default()
                 };
                 let replies = frame.requests.iter().map(|request| failure(request.seq)).collect();
                 Act::Send(MasterFrame { replies, ..MasterFrame::default() })

@@ -35,11 +35,12 @@ impl Client {
         let inner = &self.inner;
         inner.flush_if_dirty(file.ino).await?;
         let change = v1::Fallocate { ino: file.ino.get(), offset, length, keep_size, punch_hole, zero_range };
+        let ticket = inner.cache.ticket();
         let answer = inner.master.mutate(cred, mutation::Op::Fallocate(change)).await.and_then(entry);
         inner.data.forget_layout(file.ino);
         match answer {
             Ok(attr) => {
-                inner.cache.learn(&attr);
+                inner.cache.learn(&ticket, &attr);
                 Ok(())
             }
             Err(error) => {
@@ -109,12 +110,13 @@ impl Client {
             length,
             kill_priv: cred.uid != 0,
         };
+        let ticket = inner.cache.ticket();
         let answer = inner.master.mutate(cred, mutation::Op::CopyRange(change)).await;
         inner.data.forget_layout(to.ino);
         match answer {
             Ok(answer::Body::Copied(copied)) => {
                 match &copied.attr {
-                    Some(attr) => inner.cache.learn(attr),
+                    Some(attr) => inner.cache.learn(&ticket, attr),
                     None => inner.cache.forget_attr(to.ino),
                 }
                 Ok(copied.length)

@@ -2,6 +2,7 @@
 
 use super::{Client, Inner, attr_of, check_name, entry, own_cred};
 use crate::data::AttrSet;
+use crate::leases::Term;
 use dfs_proto::v1::{self, Attr, Cred, ErrorCode, Timestamp, mutation, query};
 use dfs_proto::{FsError, FsResult, InodeNo};
 use std::time::Duration;
@@ -37,6 +38,24 @@ impl Client {
             None => Some(Err(ErrorCode::ErrorNotFound.into())),
             Some(ino) => self.cached_attr(ino).map(|(attr, attr_left)| Ok((attr, left.min(attr_left)))),
         }
+    }
+
+    /// Attributes from a directory's page with what this client knows better.
+    #[must_use]
+    pub fn listed(&self, attr: Attr) -> Attr {
+        self.inner.overlaid(attr)
+    }
+
+    /// For how long a name's answer may be believed, whatever it stands for; nothing: not at all.
+    #[must_use]
+    pub fn name_left(&self, parent: InodeNo, name: &[u8]) -> Duration {
+        self.inner.cache.name(parent, name).map_or(Duration::ZERO, |(_, left)| left)
+    }
+
+    /// The lease on an inode, if there is one: what was read of the inode in one term is good as long as the term lasts.
+    #[must_use]
+    pub fn lease_term(&self, ino: InodeNo) -> Option<Term> {
+        self.inner.session.leases().term(ino)
     }
 
     /// How long it may still be believed that there is nothing of a name, if that is known.
@@ -92,13 +111,14 @@ impl Client {
         }
         let resized = change.size.is_some();
         let policy = change.replicas.is_some() || change.chunk_size.is_some();
+        let ticket = self.inner.cache.ticket();
         let answer = self.inner.master.mutate(cred, mutation::Op::SetAttr(change)).await.and_then(entry);
         if resized {
             self.inner.data.forget_layout(ino);
         }
         match answer {
             Ok(attr) => {
-                self.inner.cache.learn(&attr);
+                self.inner.cache.learn(&ticket, &attr);
                 // Removed, but not freed yet: then this is what is left of it.
                 self.inner.remains.keep(&attr);
                 if policy {
@@ -143,9 +163,13 @@ impl Inner {
             return None;
         }
         let (known, _) = self.cache.attr(ino)?;
-        if !set.is_certain(cred, &self.overlaid(known)) || !self.data.set_attrs(ino, cred, set) {
+        if !set.is_certain(cred, &self.overlaid(known)) {
             return None;
         }
+        self.session
+            .leases()
+            .writing(ino, None, || self.data.set_attrs(ino, cred, set))
+            .filter(|kept| *kept)?;
         if set.atime.is_some() {
             self.atimes.forget(ino);
         }

@@ -2,12 +2,16 @@
 
 use super::attr::check_end;
 use super::{Client, Inner, OpenFile, OpenFlags, Privileges, attr_of, own_cred, unexpected};
+use crate::read::ANY_VERSION;
 use bytes::Bytes;
 use dfs_proto::cred::PRIVILEGED;
 use dfs_proto::v1::{self, Cred, ErrorCode, answer, hold};
 use dfs_proto::{FsError, FsResult, InodeNo};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+
+/// How often a read begins again because somebody else has changed the file meanwhile.
+const READ_ATTEMPTS: u32 = 8;
 
 impl Client {
     /// Opens a regular file: the master checks the right to and keeps the inode while it is open. Its first slices come
@@ -18,7 +22,7 @@ impl Client {
     pub async fn open(&self, cred: &Cred, ino: InodeNo, flags: OpenFlags) -> FsResult<Arc<OpenFile>> {
         let inner = &self.inner;
         inner.settle_attrs(ino).await?;
-        let ticket = inner.cache.ticket();
+        let (ticket, asked) = (inner.cache.ticket(), inner.data.asking(ino));
         let question = v1::Open {
             ino: ino.get(),
             read: flags.read,
@@ -51,7 +55,7 @@ impl Client {
                 return Err(error);
             }
         } else if let Some(layout) = &opened.layout {
-            inner.data.learn_layout(ino, layout);
+            inner.data.learn_layout(ino, layout, asked);
         }
         Ok(file)
     }
@@ -62,13 +66,25 @@ impl Client {
     /// ErrorIo when no replica has the bytes, ErrorStale, ErrorTimedOut, and the session's.
     pub async fn read(&self, file: &OpenFile, offset: u64, len: usize) -> FsResult<Bytes> {
         let inner = &self.inner;
-        let attr = inner.attr_now(file.ino).await?;
-        if offset >= attr.size || len == 0 {
-            return Ok(Bytes::new());
+        let mut attr = inner.attr_now(file.ino).await?;
+        for attempt in 0.. {
+            if offset >= attr.size || len == 0 {
+                return Ok(Bytes::new());
+            }
+            inner.accessed(&attr);
+            let left = usize::try_from(attr.size - offset).unwrap_or(usize::MAX);
+            if attempt == READ_ATTEMPTS {
+                attr.version = ANY_VERSION;
+            }
+            match inner.data.read(file.ino, &file.read_state, &attr, offset, len.min(left)).await {
+                // Where the bytes are was asked for after somebody had changed the file.
+                Err(error) if error.code == ErrorCode::ErrorConflict && attempt < READ_ATTEMPTS => {
+                    attr = inner.attr_now(file.ino).await?;
+                }
+                result => return result,
+            }
         }
-        inner.accessed(&attr);
-        let left = usize::try_from(attr.size - offset).unwrap_or(usize::MAX);
-        inner.data.read(file.ino, &file.read_state, &attr, offset, len.min(left)).await
+        unreachable!("the last attempt takes any version")
     }
 
     /// Writes without waiting, if that is possible; `None`: call [`Client::write`] (or [`Client::append`]).
@@ -86,7 +102,8 @@ impl Client {
             return Some(Err(error));
         }
         self.inner.mark_written(file, privileges, false);
-        self.inner.data.try_write(file.ino, offset, data)
+        let leases = self.inner.session.leases();
+        leases.writing(file.ino, None, || self.inner.data.try_write(file.ino, offset, data)).flatten()
     }
 
     /// Writes. The bytes are buffered unless the file was opened with `sync`; a file opened with `append` ignores the
@@ -113,14 +130,31 @@ impl Client {
     /// As [`Client::write`].
     pub async fn append(&self, file: &OpenFile, data: &[u8], privileges: &Privileges) -> FsResult<u64> {
         let _one_at_a_time = file.state.append.lock().await;
-        // Without bytes of this client's own at the end, what is known may be older than another client's append.
-        let attr = match self.inner.data.dirty(file.ino).filter(|dirty| dirty.end > 0) {
-            Some(_) => self.inner.attr_now(file.ino).await?,
-            None => self.inner.ask_attr(file.ino, 0).await?,
-        };
-        let offset = attr.size;
-        self.inner.write_at(file, offset, data, privileges).await?;
-        Ok(offset)
+        let (inner, ino) = (&self.inner, file.ino);
+        let leases = inner.session.leases();
+        check_writable(file)?;
+        let loses = inner.loses_privileges(file, privileges);
+        inner.mark_written(file, privileges, loses);
+        loop {
+            // Nobody else can move the end while this client alone may write.
+            inner.take_write_lease(ino, true).await?;
+            let term = leases.term(ino);
+            let offset = inner.attr_now(ino).await?.size;
+            check_end(offset, data.len() as u64)?;
+            let attempt = || leases.writing(ino, term, || inner.data.try_write(ino, offset, data));
+            match term.and_then(|_| attempt()) {
+                Some(Some(result)) => {
+                    result?;
+                    if loses || file.flags.sync {
+                        inner.data.flush(ino).await?;
+                    }
+                    return Ok(offset);
+                }
+                Some(None) => inner.data.room().await?,
+                // The lease was wanted elsewhere before it served here.
+                None => {}
+            }
+        }
     }
 
     /// What close(2) does: everything written through this client is committed and durable, and an error of a write in
@@ -186,12 +220,28 @@ impl Inner {
         check_end(offset, data.len() as u64)?;
         let loses = self.loses_privileges(file, privileges);
         self.mark_written(file, privileges, loses);
-        self.data.write(file.ino, offset, data).await?;
-        if loses || file.flags.sync {
+        let through = self.write_under_lease(file.ino, offset, data).await?;
+        if through || loses || file.flags.sync {
             // The cleared bits must show at once, not when the bytes happen to be committed.
             self.data.flush(file.ino).await?;
         }
         Ok(())
+    }
+
+    /// Buffers bytes under a write lease. True: there was none to be had, and they must not be kept.
+    async fn write_under_lease(&self, ino: InodeNo, offset: u64, data: &[u8]) -> FsResult<bool> {
+        let leases = self.session.leases();
+        let mut done = 0;
+        loop {
+            done += self.data.write(ino, offset + done as u64, &data[done..], Some(leases)).await?;
+            if done == data.len() {
+                return Ok(false);
+            }
+            if !self.take_write_lease(ino, false).await? {
+                self.data.write(ino, offset + done as u64, &data[done..], None).await?;
+                return Ok(true);
+            }
+        }
     }
 
     /// Whether a write through this file must clear set-user-id or set-group-id.

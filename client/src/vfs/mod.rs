@@ -11,6 +11,7 @@ mod background;
 mod dir;
 mod file;
 mod files;
+mod leaving;
 mod locks;
 mod namespace;
 mod observer;
@@ -21,6 +22,7 @@ mod xattr;
 
 pub use alloc::SeekKind;
 pub use files::{OpenFile, OpenFlags, Privileges};
+pub use leaving::Kernel;
 pub use locks::Closing;
 pub use namespace::Entry;
 
@@ -38,7 +40,7 @@ use files::Files;
 use locks::Closings;
 use observer::Observer;
 use remains::Remains;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// How often access times go to the master, in one batch.
@@ -64,6 +66,8 @@ struct Inner {
     pub background: Background,
     pub remains: Remains,
     pub closings: Arc<Closings>,
+    /// Whoever caches what this client answers.
+    pub kernel: OnceLock<Arc<dyn Kernel>>,
 }
 
 impl Client {
@@ -73,9 +77,9 @@ impl Client {
     /// After `connect_timeout` at the latest, with one line that names the addresses tried and what each answered; at
     /// once when every master that answers refuses this client for good (another protocol version or cluster).
     pub async fn connect(env: Env, config: ClientConfig) -> FsResult<Self> {
-        let session = Session::connect(env.clone(), &config).await?;
-        let ttl = config.attr_ttl.min(Duration::from_millis(limits::ATTR_TTL_MS));
-        let cache = Arc::new(Cache::new(ttl, limits::ATTR_CACHE_ENTRIES));
+        let (session, leaving) = Session::connect(env.clone(), &config).await?;
+        let leases = session.leases();
+        let cache = Arc::new(Cache::new(Arc::clone(leases), limits::ATTR_CACHE_ENTRIES));
         let master: Arc<dyn Master> = Arc::new(Observer::new(Arc::clone(&session), Arc::clone(&cache)));
         let host = if config.host.is_empty() { settings::host_name() } else { config.host.clone() };
         let data = DataPlane::new(
@@ -89,6 +93,7 @@ impl Client {
                 operation_timeout: config.operation_timeout,
                 ..DataConfig::default()
             },
+            Arc::clone(leases),
         );
         data.prefer_host(&host);
         let client = Self {
@@ -103,8 +108,10 @@ impl Client {
                 background: Background::default(),
                 remains: Remains::default(),
                 closings: Arc::default(),
+                kernel: OnceLock::new(),
             }),
         };
+        tokio::spawn(leaving::run(Arc::downgrade(&client.inner), leaving));
         client.start_touching();
         Ok(client)
     }

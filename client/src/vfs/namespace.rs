@@ -1,6 +1,7 @@
 //! create, mkdir, symlink, mknod, unlink, rmdir, rename, link, readlink.
 
 use super::{Client, Inner, OpenFile, OpenFlags, attr_of, check_name, entry, own_cred, unexpected};
+use crate::cache::Ticket;
 use bytes::Bytes;
 use dfs_proto::v1::{self, Attr, Cred, answer, hold, mutation, query};
 use dfs_proto::{FsResult, InodeNo};
@@ -32,7 +33,7 @@ impl Client {
             answer::Body::Entry(made) => {
                 let attr = attr_of(made.attr)?;
                 if made.created && !anonymous {
-                    cache.made_name(&ticket, parent, &name, made.dir_version);
+                    cache.made_name(parent, &name, made.dir_version);
                 }
                 if made.created && is_dir(&attr) {
                     cache.made_dir(&ticket, &attr);
@@ -43,12 +44,12 @@ impl Client {
         });
         match made {
             Ok(made) => {
-                cache.learn(&made.attr);
+                cache.learn(&ticket, &made.attr);
                 if made.created && !anonymous {
                     cache.dir_changed(parent, made.attr.ctime, 1, i32::from(is_dir(&made.attr)));
                 }
                 if !anonymous {
-                    cache.set_name(parent, &name, Some(InodeNo(made.attr.ino)));
+                    cache.set_name(&ticket, parent, &name, Some(InodeNo(made.attr.ino)));
                 }
                 Ok(Entry { attr: self.inner.overlaid(made.attr), ..made })
             }
@@ -79,7 +80,7 @@ impl Client {
             }
             // A new file has no slices: its first read need not ask.
             let layout = v1::Layout { complete_to: u64::MAX, attr: Some(made.attr), ..v1::Layout::default() };
-            self.inner.data.learn_layout(ino, &layout);
+            self.inner.data.learn_layout(ino, &layout, self.inner.data.asking(ino));
             self.inner.follow_policy(&made.attr);
             return Ok((made, OpenFile::new(state, flags)));
         }
@@ -139,6 +140,7 @@ impl Client {
             exchange,
         };
         let cache = &self.inner.cache;
+        let ticket = cache.ticket();
         let answer = self.inner.master.mutate(cred, mutation::Op::Rename(change)).await;
         for dir in [parent, new_parent] {
             cache.forget_attr(dir);
@@ -146,7 +148,7 @@ impl Client {
         }
         match answer {
             Ok(answer::Body::Renamed(renamed)) => {
-                self.inner.renamed((parent, name), (new_parent, new_name), exchange, &renamed);
+                self.inner.renamed(&ticket, (parent, name), (new_parent, new_name), exchange, &renamed);
                 Ok(())
             }
             Ok(other) => Err(unexpected(&other)),
@@ -176,14 +178,15 @@ impl Client {
             new_parent: new_parent.get(),
             new_name: Bytes::copy_from_slice(new_name),
         };
-        let answer = self.inner.master.mutate(cred, mutation::Op::Link(change)).await.and_then(entry);
         let cache = &self.inner.cache;
+        let ticket = cache.ticket();
+        let answer = self.inner.master.mutate(cred, mutation::Op::Link(change)).await.and_then(entry);
         cache.changed_names(new_parent);
         match answer {
             Ok(attr) => {
                 cache.dir_changed(new_parent, attr.ctime, 1, 0);
-                cache.set_name(new_parent, new_name, Some(ino));
-                cache.learn(&attr);
+                cache.set_name(&ticket, new_parent, new_name, Some(ino));
+                cache.learn(&ticket, &attr);
                 self.inner.files.linked(ino);
                 Ok(self.inner.overlaid(attr))
             }
@@ -220,15 +223,16 @@ impl Inner {
             tracing::debug!(%ino, %error, "a file is removed whose attributes could not be set");
         }
         let change = v1::Unlink { parent: parent.get(), name: Bytes::copy_from_slice(name), directory };
+        let ticket = self.cache.ticket();
         let answer = self.master.mutate(cred, mutation::Op::Unlink(change)).await;
         self.cache.changed_names(parent);
         match answer {
             Ok(answer::Body::Unlinked(v1::Unlinked { attr })) => {
-                self.cache.set_name(parent, name, None);
+                self.cache.set_name(&ticket, parent, name, None);
                 let time = attr.as_ref().and_then(|attr| attr.ctime);
                 self.cache.dir_changed(parent, time, -1, -i32::from(directory));
                 if let Some(attr) = attr {
-                    self.learn_linked(&attr);
+                    self.learn_linked(&ticket, &attr);
                 }
                 Ok(())
             }
@@ -242,7 +246,14 @@ impl Inner {
     }
 
     /// Keeps what a rename did to two names.
-    fn renamed(&self, old: (InodeNo, &[u8]), new: (InodeNo, &[u8]), exchange: bool, renamed: &v1::Renamed) {
+    fn renamed(
+        &self,
+        ticket: &Ticket,
+        old: (InodeNo, &[u8]),
+        new: (InodeNo, &[u8]),
+        exchange: bool,
+        renamed: &v1::Renamed,
+    ) {
         let ino = |attr: &Option<Attr>| attr.as_ref().map(|attr| InodeNo(attr.ino));
         let (moved, replaced) = (ino(&renamed.moved), ino(&renamed.replaced));
         // Renaming one link onto another of the same inode leaves both names, and is answered as if nothing had been
@@ -252,22 +263,22 @@ impl Inner {
         match (exchange, replaced) {
             (true, None) => self.cache.forget_name(old.0, old.1),
             (false, _) if moved.is_none() || same => self.cache.forget_name(old.0, old.1),
-            (true, Some(replaced)) => self.cache.set_name(old.0, old.1, Some(replaced)),
-            (false, _) => self.cache.set_name(old.0, old.1, None),
+            (true, Some(replaced)) => self.cache.set_name(ticket, old.0, old.1, Some(replaced)),
+            (false, _) => self.cache.set_name(ticket, old.0, old.1, None),
         }
         match moved {
-            Some(moved) => self.cache.set_name(new.0, new.1, Some(moved)),
+            Some(moved) => self.cache.set_name(ticket, new.0, new.1, Some(moved)),
             None => self.cache.forget_name(new.0, new.1),
         }
         for attr in [renamed.moved, renamed.replaced].into_iter().flatten() {
-            self.learn_linked(&attr);
+            self.learn_linked(ticket, &attr);
         }
     }
 
     /// Keeps the attributes of an inode that may have lost its last name. What is held of a file without names and
     /// opens need not be written.
-    fn learn_linked(&self, attr: &Attr) {
-        self.cache.learn(attr);
+    fn learn_linked(&self, ticket: &Ticket, attr: &Attr) {
+        self.cache.learn(ticket, attr);
         self.remains.keep(attr);
         let ino = InodeNo(attr.ino);
         if attr.nlink == 0 && attr.kind == v1::Kind::File as i32 && !self.files.unlinked(ino) {

@@ -25,9 +25,10 @@ impl Observer {
 impl Master for Observer {
     async fn mutate(&self, cred: &Cred, change: v1::mutation::Op) -> FsResult<v1::answer::Body> {
         let commit = matches!(change, v1::mutation::Op::Commit(_));
+        let ticket = self.cache.ticket();
         let answer = self.session.mutate(cred, change).await?;
         if commit && let v1::answer::Body::Entry(v1::Entry { attr: Some(attr), .. }) = &answer {
-            self.cache.learn(attr);
+            self.cache.learn(&ticket, attr);
         }
         Ok(answer)
     }

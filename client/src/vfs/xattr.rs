@@ -79,9 +79,10 @@ impl Client {
     /// Also an ACL, which changes the mode: the attributes come with the answer.
     async fn change_xattr(&self, cred: &Cred, ino: InodeNo, change: mutation::Op) -> FsResult<()> {
         self.inner.settle_attrs(ino).await?;
+        let ticket = self.inner.cache.ticket();
         match self.inner.master.mutate(cred, change).await.and_then(entry) {
             Ok(attr) => {
-                self.inner.cache.learn(&attr);
+                self.inner.cache.learn(&ticket, &attr);
                 self.inner.remains.keep(&attr);
                 // The change may have been one of replicas or chunk size.
                 self.inner.follow_policy(&attr);

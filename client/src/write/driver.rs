@@ -4,6 +4,7 @@ use super::attrs::AttrSet;
 use super::core::{Core, Dirty};
 use super::{Action, CommitId, Policy, Settings, WaiterId};
 use crate::data::links::{AppendEvent, AppendLink, Task};
+use crate::leases::Leases;
 use crate::master::{Defaults, Master};
 use bytes::Bytes;
 use dfs_env::Env;
@@ -19,6 +20,8 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 
 /// How often time is looked at while there is something to do.
 const TICK: Duration = Duration::from_millis(50);
+/// As long as nothing else bounds a wait.
+const LONG: Duration = Duration::from_secs(365 * 86_400);
 /// Seals asked of the master at the same time.
 const SEALS_AT_ONCE: usize = 64;
 /// Flushes of `flush_all` that run at the same time.
@@ -236,27 +239,50 @@ impl Writer {
         self.with(|core, now| core.write(ino, offset, data, mtime, now))
     }
 
-    /// Buffers bytes, waits for memory where there is none.
-    pub(crate) async fn write(&self, ino: InodeNo, mut offset: u64, mut data: &[u8]) -> FsResult<()> {
+    /// Buffers bytes, waits for memory where there is none. Answers how many it took: all, or as many as it could `under` the
+    /// write lease before that ended.
+    pub(crate) async fn write(
+        &self,
+        ino: InodeNo,
+        offset: u64,
+        data: &[u8],
+        under: Option<&Leases>,
+    ) -> FsResult<usize> {
+        let mut done = 0;
         loop {
             // In pieces, so that a large write waits for as little as possible at a time.
-            let piece = data.len().min(dfs_proto::limits::RECORD_MAX);
-            self.write_piece(ino, offset, &data[..piece]).await?;
-            offset = offset.saturating_add(piece as u64);
-            data = &data[piece..];
-            if data.is_empty() {
-                return Ok(());
+            let piece = (data.len() - done).min(dfs_proto::limits::RECORD_MAX);
+            let at = offset.saturating_add(done as u64);
+            if !self.write_piece(ino, at, &data[done..done + piece], under).await? {
+                return Ok(done);
+            }
+            done += piece;
+            if done == data.len() {
+                return Ok(done);
             }
         }
     }
 
-    async fn write_piece(&self, ino: InodeNo, offset: u64, data: &[u8]) -> FsResult<()> {
+    /// False: there is no write lease.
+    async fn write_piece(
+        &self,
+        ino: InodeNo,
+        offset: u64,
+        data: &[u8],
+        under: Option<&Leases>,
+    ) -> FsResult<bool> {
         let began = self.now();
         loop {
             // Registered before the attempt: memory that comes free right after it wakes us.
             let freed = self.freed.notified();
-            if let Some(result) = self.try_write(ino, offset, data) {
-                return result;
+            let attempt = match under {
+                Some(leases) => leases.writing(ino, None, || self.try_write(ino, offset, data)),
+                None => Some(self.try_write(ino, offset, data)),
+            };
+            match attempt {
+                None => return Ok(false),
+                Some(Some(result)) => return result.map(|()| true),
+                Some(None) => {}
             }
             let waited = self.now().saturating_sub(began);
             if !self.operation_timeout.is_zero() && waited > self.operation_timeout {
@@ -267,6 +293,19 @@ impl Writer {
                 tracing::debug!(%ino, "a write waits for memory");
             }
         }
+    }
+
+    /// Waits until memory has come free.
+    pub(crate) async fn room(&self) -> FsResult<()> {
+        let freed = self.freed.notified();
+        let bound = if self.operation_timeout.is_zero() { Duration::MAX } else { self.operation_timeout };
+        let used = || self.lock().core.used();
+        if used() == 0 {
+            return Ok(());
+        }
+        tokio::time::timeout(bound.min(LONG), freed)
+            .await
+            .map_err(|_| FsError::new(ErrorCode::ErrorIo, "no memory for writing came free in time"))
     }
 
     /// Syncs and commits everything of an inode. The attributes after the last commit, if there was one.

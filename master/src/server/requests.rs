@@ -319,8 +319,8 @@ fn look(link: &Arc<Link>, read: &Read, opening: Option<&Opening>) -> Result<(Ans
     let seen = link.term.memory().leases.clock();
     match &read.op {
         ReadOp::Query(query) => {
-            let mut answer = ask(link, &read.cred, query);
-            let leases = lease_what_is_shown(link, query, &mut answer, seen)?;
+            let answer = ask(link, &read.cred, query);
+            let leases = lease_what_is_shown(link, query, &answer, seen)?;
             Ok((answer, leases))
         }
         ReadOp::Hold(hold::Op::Open(open)) => match opening {
@@ -356,12 +356,12 @@ fn ask(link: &Link, cred: &Cred, query: &Query) -> Answer {
     }
 }
 
-/// Gives leases on what an answer shows. What others buffer is left out of a directory's page; any other answer that it
-/// would falsify is to be given again later.
+/// Gives leases on what an answer shows. An answer that what others buffer would falsify is to be given again later, but for
+/// a directory's page, whose entries then come without a lease.
 fn lease_what_is_shown(
     link: &Link,
     query: &Query,
-    answer: &mut Answer,
+    answer: &Answer,
     seen: Clock,
 ) -> Result<Vec<InodeNo>, Hidden> {
     use query::Op;
@@ -392,12 +392,11 @@ fn lease_what_is_shown(
     if answer.body.as_ref().is_some_and(known) {
         granted.extend(dir.into_iter().chain(ino).map(InodeNo));
     }
-    if let Some(Body::DirPage(page)) = &mut answer.body {
-        for entry in page.entries.iter_mut().filter(|entry| entry.attr.is_some()) {
+    if let Some(Body::DirPage(page)) = &answer.body {
+        for entry in page.entries.iter().filter(|entry| entry.attr.is_some()) {
+            // What others buffer is not in it: it is shown, but not to be believed.
             let ino = InodeNo(entry.ino);
-            if memory.leases.is_hidden(session, ino) {
-                entry.attr = None;
-            } else {
+            if !memory.leases.is_hidden(session, ino) {
                 granted.push(ino);
             }
         }
@@ -527,7 +526,7 @@ pub async fn take_lease(link: Arc<Link>, seq: u64, take: v1::TakeLease) -> Resul
             return Ok(Done::Reply(reply(seq, failed(access.err().unwrap_or_else(|| not_opened(take.ino))))));
         }
         link.term.shared.confirm().await?;
-        if link.term.memory().opens.is_written_by_another(link.session, ino) {
+        if !take.alone && link.term.memory().opens.is_written_by_another(link.session, ino) {
             let shared = v1::Leased { shared: true, attr: None };
             return Ok(Done::Reply(reply(seq, answer(Body::Leased(shared)))));
         }

@@ -30,7 +30,7 @@ fn open(ino: u64, write: bool) -> hold::Op {
 }
 
 fn take(ino: u64, kind: LeaseKind) -> hold::Op {
-    hold::Op::TakeLease(TakeLease { ino, kind: kind.into() })
+    hold::Op::TakeLease(TakeLease { ino, kind: kind.into(), alone: false })
 }
 
 fn mode(body: &Body) -> u32 {

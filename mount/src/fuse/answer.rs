@@ -4,18 +4,17 @@
 use super::convert::file_attr;
 use super::state::Shared;
 use crate::errno::{errno, is_fault};
-use crate::inodes::Seen;
 use crate::killable::{Interrupt, Patience, Refuse, Slot};
 use crate::procfs;
 use dfs_client::FsError;
-use dfs_proto::v1::{Attr, Cred, ErrorCode};
+use dfs_proto::v1::{Attr, Cred, ErrorCode, Kind};
 use dfs_proto::{FsResult, InodeNo};
 use fuser::{Errno, FileAttr, Generation, ReplyAttr, ReplyEmpty, ReplyEntry, ReplyXattr, Request};
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 /// Who asks.
 #[derive(Clone, Copy, Debug)]
@@ -105,10 +104,10 @@ impl Answer<ReplyEntry> {
             Ok(attr) => attr,
             Err(error) => return self.fail(&error),
         };
-        match fs.shown(&attr, fs.inodes.shown(&attr, Instant::now())).await {
+        match fs.shown(&attr) {
             Ok(shown) => {
                 let ino = InodeNo(attr.ino);
-                fs.inodes.looked_up(ino);
+                fs.inodes.looked_up(ino, attr.kind() == Kind::Dir);
                 let attr_ttl = fs.ttl(ino);
                 let generation = Generation(attr.generation);
                 if !self.send(|reply| reply.entry_with_ttls(&attr_ttl, &ttl, &shown, generation)) {
@@ -143,9 +142,8 @@ impl Answer<ReplyEntry> {
 }
 
 impl Answer<ReplyAttr> {
-    /// `seen`: what the attributes say about the kernel's pages.
-    pub async fn attr(&self, fs: &Shared, attr: &Attr, seen: Seen) {
-        match fs.shown(attr, seen).await {
+    pub fn attr(&self, fs: &Shared, attr: &Attr) {
+        match fs.shown(attr) {
             Ok(shown) => {
                 let ttl = fs.ttl(InodeNo(attr.ino));
                 self.send(|reply| reply.attr(&ttl, &shown));
@@ -190,25 +188,9 @@ impl Shared {
         self.client.cached_attr(ino).map_or(Duration::ZERO, |(_, left)| left)
     }
 
-    /// Attributes for the kernel, once the pages that they belie are dropped.
-    pub async fn shown(&self, attr: &Attr, seen: Seen) -> FsResult<FileAttr> {
-        let node = self.inodes.node(InodeNo(attr.ino))?;
-        if seen == Seen::Foreign {
-            self.drop_pages(node, 0, 0).await;
-        }
-        file_attr(attr, node)
-    }
-
-    /// Drops the kernel's pages of a range (length 0: to the end). On a thread of its own: the kernel waits for reads
-    /// under way there, which other threads answer.
-    pub async fn drop_pages(&self, node: fuser::INodeNo, offset: i64, length: i64) {
-        let Some(kernel) = self.kernel.get().cloned() else { return };
-        let dropped = tokio::task::spawn_blocking(move || kernel.inval_inode(node, offset, length)).await;
-        match dropped {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%node, %error, "the kernel did not drop its pages"),
-            Err(error) => tracing::warn!(%node, %error, "dropping pages did not end"),
-        }
+    /// Attributes for the kernel.
+    pub fn shown(&self, attr: &Attr) -> FsResult<FileAttr> {
+        file_attr(attr, self.inodes.node(InodeNo(attr.ino))?)
     }
 }
 

@@ -6,13 +6,13 @@
 use super::answer::Answer;
 use super::convert::{file_attr, file_type};
 use super::state::Shared;
-use crate::inodes::Seen;
 use crate::killable::Refuse;
-use dfs_proto::v1::{Attr, Cred, DirEntry};
+use dfs_proto::v1::{Attr, Cred, DirEntry, Kind};
 use dfs_proto::{FsError, FsResult, InodeNo, limits};
 use fuser::{FileAttr, FileType, Generation, ReplyDirectory, ReplyDirectoryPlus};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
@@ -22,6 +22,8 @@ const DOT_DOT: u64 = 2;
 /// An open directory.
 pub struct Dir {
     ino: InodeNo,
+    /// When it was last answered with attributes: the kernel makes names of that.
+    listed: std::sync::Mutex<Option<Instant>>,
     /// Who opened it: reading is allowed or not as it was then, whoever reads.
     cred: Cred,
     page: Mutex<Page>,
@@ -60,7 +62,13 @@ impl Page {
 impl Dir {
     pub fn new(ino: InodeNo, cred: Cred) -> Self {
         let nowhere = Page { position: u64::MAX, after: u64::MAX, ..Page::default() };
-        Self { ino, cred, page: Mutex::new(nowhere) }
+        Self { ino, listed: std::sync::Mutex::default(), cred, page: Mutex::new(nowhere) }
+    }
+
+    /// When it was last answered with attributes, if it is this directory.
+    pub fn listed(&self, dir: InodeNo) -> Option<Instant> {
+        let listed = *self.listed.lock().unwrap_or_else(PoisonError::into_inner);
+        listed.filter(|_| self.ino == dir)
     }
 }
 
@@ -114,36 +122,26 @@ impl Shared {
             Ok(dots) => dots,
             Err(error) => return answer.fail(&error),
         };
-        let mut told = Told::default();
+        let mut told = 0;
         let sent = answer.send(|mut reply| {
-            told = self.fill(&mut reply, &page, &dots);
+            told = self.fill(&mut reply, dir, &page, &dots);
+            if L::PLUS {
+                *dir.listed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+            }
             reply.ok();
         });
-        if !sent {
-            return;
-        }
-        if told.entries > 0 {
-            page.next += told.entries;
+        if sent && told > 0 {
+            page.next += told;
             page.position = page.entries[page.next - 1].cookie;
-        }
-        drop(page);
-        // After the answer, unlike elsewhere: it is one for many files. Who has such a file open may see the new size
-        // some microseconds before the old pages are gone.
-        for node in told.changed {
-            self.drop_pages(node, 0, 0).await;
         }
     }
 
-    /// Makes `page` hold what follows `position`, with attributes for the first entry when they are wanted.
+    /// Makes `page` hold what follows `position`.
     async fn turn_to<L: Listing>(&self, dir: &Dir, page: &mut Page, position: u64) -> FsResult<()> {
         // The dots stand before the first entry.
         let cookie = if position <= DOT_DOT { 0 } else { position };
         // Rewinding shows what is there now, not what was.
-        let known = position != 0 && page.plus == L::PLUS && page.seek(cookie);
-        let first = page.entries.get(page.next);
-        let fresh =
-            !L::PLUS || first.is_none_or(|entry| self.client.cached_attr(InodeNo(entry.ino)).is_some());
-        if known && fresh {
+        if position != 0 && page.plus == L::PLUS && page.seek(cookie) {
             return Ok(());
         }
         let fetched = self.client.read_dir(&dir.cred, dir.ino, cookie, limits::DIR_PAGE_MAX, L::PLUS).await?;
@@ -172,8 +170,15 @@ impl Shared {
         Ok(dots)
     }
 
-    fn fill<L: Listing>(&self, reply: &mut L, page: &Page, dots: &[(u64, &'static str, Attr)]) -> Told {
-        let mut told = Told::default();
+    /// Answers how many entries of the page were told.
+    fn fill<L: Listing>(
+        &self,
+        reply: &mut L,
+        dir: &Dir,
+        page: &Page,
+        dots: &[(u64, &'static str, Attr)],
+    ) -> usize {
+        let mut told = 0;
         for (cookie, name, attr) in dots {
             let Ok(node) = self.inodes.node(InodeNo(attr.ino)) else { continue };
             let Ok(shown) = file_attr(attr, node) else { continue };
@@ -191,19 +196,11 @@ impl Shared {
         }
         for entry in &page.entries[page.next..] {
             let ino = InodeNo(entry.ino);
-            let attr = if L::PLUS {
-                match self.entry_attr(entry, told.entries == 0) {
-                    Some(attr) => Some(attr),
-                    // Too old to be shown: the rest of the page is fetched again with the next call.
-                    None => return told,
-                }
-            } else {
-                None
-            };
+            let attr = if L::PLUS { self.entry_attr(dir, entry) } else { None };
             let added = self.line(entry, attr.as_ref()).map(|line| {
                 // Counted before the kernel can forget it.
                 if L::PLUS {
-                    self.inodes.looked_up(ino);
+                    self.inodes.looked_up(ino, entry.kind() == Kind::Dir);
                 }
                 let full = reply.add(&line);
                 if full && L::PLUS {
@@ -216,13 +213,7 @@ impl Shared {
                 Ok(true) => return told,
                 Err(error) => tracing::warn!(%ino, %error, "a directory entry was left out"),
             }
-            if let Some((attr, _)) = attr
-                && self.inodes.shown(&attr, Instant::now()) == Seen::Foreign
-                && let Ok(node) = self.inodes.node(ino)
-            {
-                told.changed.push(node);
-            }
-            told.entries += 1;
+            told += 1;
         }
         told
     }
@@ -237,23 +228,14 @@ impl Shared {
         Ok(Line { node, cookie: entry.cookie, name, kind: file_type(entry.kind)?, attr })
     }
 
-    /// The attributes to list an entry with. Those of the page may be older than this client's own last change, which
-    /// the kernel would then forget; so only what the client still believes is shown, or, for the first entry of an
-    /// answer, what the page was just fetched with.
-    fn entry_attr(&self, entry: &DirEntry, first: bool) -> Option<(Attr, Duration)> {
-        self.client
-            .cached_attr(InodeNo(entry.ino))
-            .or_else(|| entry.attr.filter(|_| first).map(|attr| (attr, Duration::ZERO)))
+    /// The attributes to list an entry with, and how long the name and they may be believed: as long as the client does. What
+    /// it does not believe any more is shown and looked up again when it is used.
+    fn entry_attr(&self, dir: &Dir, entry: &DirEntry) -> Option<(Attr, Duration)> {
+        match self.client.cached_lookup(dir.ino, &entry.name) {
+            Some(Ok((attr, left))) if attr.ino == entry.ino => Some((attr, self.as_kernel_can(left))),
+            _ => entry.attr.map(|attr| (self.client.listed(attr), Duration::ZERO)),
+        }
     }
-}
-
-/// What an answer told.
-#[derive(Default)]
-struct Told {
-    /// How many entries of the page.
-    entries: usize,
-    /// Files that somebody else changed.
-    changed: Vec<fuser::INodeNo>,
 }
 
 #[cfg(test)]

@@ -3,7 +3,6 @@
 use super::answer::{Answer, Caller, bad_handle};
 use super::convert::open_flags;
 use super::state::Shared;
-use crate::inodes::Seen;
 use crate::killable::{Patience, Refuse};
 use bytes::Bytes;
 use dfs_client::{Closing, OpenFile, Privileges, SeekKind};
@@ -11,12 +10,12 @@ use dfs_proto::cred::PRIVILEGED;
 use dfs_proto::v1::{self, Attr, Cred, ErrorCode};
 use dfs_proto::{FsError, FsResult, InodeNo};
 use fuser::{
-    Errno, FileHandle, FopenFlags, Generation, ReplyCreate, ReplyEmpty, ReplyLseek, ReplyOpen, ReplyWrite,
-    Request, WriteFlags,
+    Errno, FileHandle, FopenFlags, Generation, ReplyCreate, ReplyData, ReplyEmpty, ReplyLseek, ReplyOpen,
+    ReplyWrite, Request, WriteFlags,
 };
+use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// The most one copy_file_range answers for; the kernel takes 32 bits and asks again for the rest.
 const COPY_MAX: u64 = 1 << 31;
@@ -59,16 +58,18 @@ impl Shared {
     }
 
     pub async fn create(&self, caller: Caller, what: v1::Create, flags: i32, answer: Answer<ReplyCreate>) {
+        let (parent, name) = (InodeNo(what.parent), what.name.clone());
         let (made, open) = match self.client.create_open(&caller.cred(), what, open_flags(flags)).await {
             Ok(made) => made,
             Err(error) => return answer.fail(&error),
         };
         let (handle, how) = self.opened(open, flags);
-        match self.shown(&made.attr, self.inodes.shown(&made.attr, Instant::now())).await {
+        match self.shown(&made.attr) {
             Ok(shown) => {
                 let ino = InodeNo(made.attr.ino);
-                self.inodes.looked_up(ino);
-                let ttl = self.ttl(ino);
+                self.inodes.looked_up(ino, false);
+                // One time-out for both.
+                let ttl = self.ttl(ino).min(self.name_ttl(parent, &name));
                 let generation = Generation(made.attr.generation);
                 if !answer.send(|reply| reply.created(&ttl, &shown, generation, handle, how)) {
                     self.inodes.forget(ino, 1);
@@ -84,10 +85,7 @@ impl Shared {
 
     fn opened(&self, open: Arc<OpenFile>, flags: i32) -> (FileHandle, FopenFlags) {
         let append = flags & libc::O_APPEND != 0;
-        let keep = self
-            .client
-            .cached_attr(open.ino)
-            .is_some_and(|(attr, _)| self.inodes.opened(&attr, Instant::now()));
+        let keep = self.inodes.opened(open.ino, self.client.lease_term(open.ino));
         let how = match (append, keep) {
             // The kernel's idea of the end is not asked for: every write comes here, and lands where the end is.
             (true, _) => FopenFlags::FOPEN_DIRECT_IO,
@@ -118,7 +116,6 @@ impl Shared {
         };
         let append = file.append && to.open_flags & libc::O_APPEND != 0 && !write_back;
         let written = u32::try_from(data.len()).expect("a write is below 16 MiB");
-        self.inodes.wrote(file.open.ino);
         if !append {
             let _runtime = self.runtime.enter();
             // Which groups the writer is in is asked for when it counts.
@@ -139,14 +136,44 @@ impl Shared {
         let patience = if write_back { Patience::Endless } else { Patience::Killed };
         let data = Bytes::copy_from_slice(data);
         let privileges = ended_by(Caller::cred);
+        let (ino, id) = (file.open.ino, request.unique().0);
+        let range = to.offset..to.offset.saturating_add(data.len() as u64);
+        // Before anybody can wait for the pages that it holds.
+        self.writes.begin(ino, id, range.clone());
         self.serve(request, reply, patience, move |fs, answer| async move {
+            let before = fs.client.lease_term(ino);
             let done = if append {
                 fs.append(&file, to.offset, &data, &privileges).await
             } else {
                 fs.client.write(&file.open, to.offset, &data, &privileges).await
             };
+            fs.writes.end(ino, id);
             answer.give(done, |reply, ()| reply.written(written));
+            if !append && (before.is_none() || fs.client.lease_term(ino) != before) {
+                // Its pages may hold, around what it wrote, what somebody else has changed while it waited.
+                fs.drop_pages_of(ino, range).await;
+            }
         });
+    }
+
+    /// Reads. What is read without a lease that lasts is not to stay in the kernel.
+    pub async fn read(self: &Arc<Self>, file: &File, offset: u64, size: u32, answer: Answer<ReplyData>) {
+        let ino = file.open.ino;
+        let before = self.client.lease_term(ino);
+        let read = self.client.read(&file.open, offset, size as usize).await;
+        // A read that began without a lease may have got one with its answer.
+        let stays = before.is_some() && self.client.lease_term(ino) == before;
+        answer.give(read, |reply, bytes| reply.data(&bytes));
+        if !stays {
+            self.inodes.pages_dropped(ino);
+            self.drop_pages_of(ino, offset..offset.saturating_add(size.into())).await;
+        }
+    }
+
+    async fn drop_pages_of(self: &Arc<Self>, ino: InodeNo, range: Range<u64>) {
+        if let Ok(node) = self.inodes.node(ino) {
+            self.drop_pages(node, range.start, range.end.saturating_sub(range.start).max(1)).await;
+        }
     }
 
     /// Appends. The kernel has dropped its pages where it thought that the bytes go; when the file had grown elsewhere
@@ -164,10 +191,9 @@ impl Shared {
             let (fs, length) = (Arc::clone(self), data.len());
             tokio::spawn(async move {
                 // The page in front, too: its rest beyond the old end of the file was zeroes.
-                let from = i64::try_from(offset.min(expected)).unwrap_or(0);
+                let from = offset.min(expected);
                 let to = offset.max(expected).saturating_add(length as u64);
-                let length = i64::try_from(to).unwrap_or(i64::MAX).saturating_sub(from);
-                fs.drop_pages(node, from, length).await;
+                fs.drop_pages(node, from, to - from).await;
             });
         }
         Ok(())
@@ -180,24 +206,12 @@ impl Shared {
         };
         let ino = file.open.ino;
         let unlocked = self.client.release_locks(ino, owner).await;
-        let flushed = if file.open.flags.write {
-            self.settle(ino, self.client.flush(&file.open).await)
-        } else {
-            Ok(())
-        };
+        let flushed = if file.open.flags.write { self.client.flush(&file.open).await } else { Ok(()) };
         answer.empty(flushed.and(unlocked));
     }
 
     pub async fn fsync(&self, ino: InodeNo, answer: Answer<ReplyEmpty>) {
-        let synced = self.client.fsync(ino).await;
-        answer.empty(self.settle(ino, synced));
-    }
-
-    /// Notes that what was written to an inode is committed, if it is.
-    fn settle(&self, ino: InodeNo, flushed: FsResult<()>) -> FsResult<()> {
-        let attr = self.client.cached_attr(ino).filter(|_| flushed.is_ok()).map(|(attr, _)| attr);
-        self.inodes.flushed(ino, attr.as_ref());
-        flushed
+        answer.empty(self.client.fsync(ino).await);
     }
 
     /// The last close of an open file; `locks`: those to be given up with it.
@@ -213,14 +227,12 @@ impl Shared {
         answer.empty(released.and(unlocked));
     }
 
-    pub async fn setattr(&self, caller: Caller, change: v1::SetAttr) -> FsResult<(Attr, Seen)> {
-        let attr = if change.kill_priv && self.goes_before_a_write(caller, &change).await? {
-            self.client.getattr(InodeNo(change.ino)).await?
+    pub async fn setattr(&self, caller: Caller, change: v1::SetAttr) -> FsResult<Attr> {
+        if change.kill_priv && self.goes_before_a_write(caller, &change).await? {
+            self.client.getattr(InodeNo(change.ino)).await
         } else {
-            self.client.setattr(&caller.cred(), change).await?
-        };
-        let seen = self.inodes.changed(&attr, Instant::now());
-        Ok((attr, seen))
+            self.client.setattr(&caller.cred(), change).await
+        }
     }
 
     /// Before a write that ends privileges the kernel says so in words that it also has for chown(2) with -1 twice, which
@@ -264,9 +276,7 @@ impl Shared {
             return Err(FsError::new(ErrorCode::ErrorNotSupported, format!("fallocate mode {mode:#x}")));
         }
         let keep = has(libc::FALLOC_FL_KEEP_SIZE);
-        self.client.fallocate(&caller.cred(), &file.open, offset, length, keep, punch, zero).await?;
-        self.changed_by_handle(&file).await;
-        Ok(())
+        self.client.fallocate(&caller.cred(), &file.open, offset, length, keep, punch, zero).await
     }
 
     pub async fn lseek(&self, handle: FileHandle, offset: i64, whence: i32, answer: Answer<ReplyLseek>) {
@@ -279,8 +289,6 @@ impl Shared {
             let from = u64::try_from(offset).map_err(|_| FsError::from(ErrorCode::ErrorNoDeviceAddress))?;
             let file = self.file(handle)?;
             let found = self.client.seek(&file.open, from, kind).await?;
-            // Seeking flushes what was written before.
-            self.settle(file.open.ino, Ok(()))?;
             i64::try_from(found).map_err(|_| ErrorCode::ErrorOverflow.into())
         };
         answer.give(found.await, ReplyLseek::offset);
@@ -301,23 +309,8 @@ impl Shared {
                 .client
                 .copy_range(&caller.cred(), &source.open, from.1, &target.open, to.1, length)
                 .await?;
-            self.changed_by_handle(&target).await;
             Ok(u32::try_from(copied).expect("not more than was asked for"))
         };
         answer.give(copied.await, ReplyWrite::written);
-    }
-
-    /// A file was changed by one operation whose answer the client keeps. What was written before was flushed first.
-    async fn changed_by_handle(&self, file: &File) {
-        let ino = file.open.ino;
-        let Some((attr, _)) = self.client.cached_attr(ino) else {
-            return self.inodes.flushed(ino, None);
-        };
-        self.inodes.flushed(ino, Some(&attr));
-        if self.inodes.changed(&attr, Instant::now()) == Seen::Foreign
-            && let Ok(node) = self.inodes.node(ino)
-        {
-            self.drop_pages(node, 0, 0).await;
-        }
     }
 }

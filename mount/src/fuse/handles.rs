@@ -28,6 +28,16 @@ impl<T> Handles<T> {
         self.open.read().unwrap_or_else(PoisonError::into_inner).get(&handle.0).cloned()
     }
 
+    /// The latest moment that any of them names.
+    pub fn latest(&self, moment: impl Fn(&T) -> Option<std::time::Instant>) -> Option<std::time::Instant> {
+        self.open
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .filter_map(|thing| moment(thing))
+            .max()
+    }
+
     pub fn any(&self, wanted: impl Fn(&T) -> bool) -> bool {
         self.open.read().unwrap_or_else(PoisonError::into_inner).values().any(|thing| wanted(thing))
     }

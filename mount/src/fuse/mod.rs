@@ -5,6 +5,7 @@ mod answer;
 mod convert;
 mod dirs;
 mod files;
+mod forget;
 mod handles;
 mod ioctl;
 mod locks;
@@ -30,7 +31,7 @@ use state::ask_kernel;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 /// The block of statfs(2), in bytes.
 const STATFS_BLOCK: u32 = 4096;
@@ -93,7 +94,7 @@ impl Filesystem for Dfs {
         let ino = self.inode(node);
         self.0.serve(request, reply, Patience::Killed, move |fs, answer| async move {
             match fs.client.getattr(ino).await {
-                Ok(attr) => answer.attr(&fs, &attr, fs.inodes.shown(&attr, Instant::now())).await,
+                Ok(attr) => answer.attr(&fs, &attr),
                 Err(error) => answer.fail(&error),
             }
         });
@@ -140,7 +141,7 @@ impl Filesystem for Dfs {
         let caller = Caller::of(request);
         self.0.serve(request, reply, Patience::Killed, move |fs, answer| async move {
             match fs.setattr(caller, change).await {
-                Ok((attr, seen)) => answer.attr(&fs, &attr, seen).await,
+                Ok(attr) => answer.attr(&fs, &attr),
                 Err(error) => answer.fail(&error),
             }
         });
@@ -320,8 +321,7 @@ impl Filesystem for Dfs {
             return reply.error(Errno::EBADF);
         };
         self.0.serve(request, reply, Patience::Killed, move |fs, answer| async move {
-            let read = fs.client.read(&file.open, offset, size as usize).await;
-            answer.give(read, |reply, bytes| reply.data(&bytes));
+            fs.read(&file, offset, size, answer).await;
         });
     }
 

@@ -4,18 +4,18 @@ use super::answer::Caller;
 use super::convert::{lock_end, lock_type};
 use super::dirs::Dir;
 use super::files::File;
+use super::forget::{Forgetter, NAME_TTL, Writes};
 use super::handles::Handles;
 use crate::inodes::Inodes;
+use crate::kernel::Kernel;
 use crate::killable::{Patience, Registry};
 use dfs_client::Client;
-use dfs_proto::{FsResult, InodeNo, limits, v1};
-use fuser::{InitFlags, KernelConfig, LockOwner, Notifier, ReplyEmpty, ReplyEntry, Request};
+use dfs_proto::{FsResult, InodeNo, v1};
+use fuser::{InitFlags, KernelConfig, LockOwner, ReplyEmpty, ReplyEntry, Request};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::runtime::Handle;
 
-/// How long the kernel may believe an answer that is new.
-pub const TTL: Duration = Duration::from_millis(limits::ATTR_TTL_MS);
 /// The longest write and read of one request, in bytes.
 const REQUEST_MAX: u32 = 1 << 20;
 /// How many readahead and write-back requests may be under way; beyond three quarters the kernel holds back.
@@ -49,8 +49,10 @@ pub struct Shared {
     pub dirs: Handles<Dir>,
     pub registry: Arc<Registry>,
     pub runtime: Handle,
+    /// Writes that wait for something.
+    pub writes: Writes,
     /// Set once the mount is there.
-    pub kernel: OnceLock<Notifier>,
+    pub kernel: OnceLock<Kernel>,
 }
 
 /// The file system as the FUSE library sees it.
@@ -67,6 +69,7 @@ impl Dfs {
             dirs: Handles::default(),
             registry,
             runtime,
+            writes: Writes::default(),
             kernel: OnceLock::new(),
         }))
     }
@@ -98,11 +101,14 @@ impl Dfs {
     pub fn make(&self, request: &Request, what: FsResult<v1::Create>, reply: ReplyEntry) {
         let caller = Caller::of(request);
         self.0.serve(request, reply, Patience::Killed, move |fs, answer| async move {
-            let made = match what {
-                Ok(what) => fs.client.create(&caller.cred(), what).await.map(|made| made.attr),
-                Err(error) => Err(error),
+            let what = match what {
+                Ok(what) => what,
+                Err(error) => return answer.fail(&error),
             };
-            answer.entry(&fs, made, TTL).await;
+            let (parent, name) = (InodeNo(what.parent), what.name.clone());
+            let made = fs.client.create(&caller.cred(), what).await.map(|made| made.attr);
+            let ttl = fs.name_ttl(parent, &name);
+            answer.entry(&fs, made, ttl).await;
         });
     }
 
@@ -120,9 +126,20 @@ impl Dfs {
 
 impl Shared {
     /// Takes the means to tell the kernel something.
-    pub fn mounted(&self, kernel: Notifier) {
+    pub fn mounted(self: &Arc<Self>, kernel: Kernel) {
         // A second time cannot be: one mount a process.
         let _ = self.kernel.set(kernel);
+        self.client.serve_kernel(Arc::new(Forgetter(Arc::downgrade(self))));
+    }
+
+    /// How long the kernel may believe what a name stands for.
+    pub fn name_ttl(&self, parent: InodeNo, name: &[u8]) -> Duration {
+        self.as_kernel_can(self.client.name_left(parent, name))
+    }
+
+    /// A kernel that cannot be told to forget names believes them for a moment only.
+    pub fn as_kernel_can(&self, ttl: Duration) -> Duration {
+        if self.kernel.get().is_some_and(|kernel| kernel.epochs) { ttl } else { ttl.min(NAME_TTL) }
     }
 }
 

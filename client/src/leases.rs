@@ -1,0 +1,357 @@
+//! The leases that this client holds: what of its caches may be believed, and which files it may keep written bytes of.
+//!
+//! ```text
+//!            granted with an answer                recalled                 given up: flushed, dropped here and in the kernel
+//!  nothing ─────────────────────────▶ held ──────────────────────▶ leaving ───────────────────────▶ nothing (or read)
+//!                                      │  nothing is believed from here on, no new bytes are kept ──┘
+//!                                      └──── the deadline passes: as if nothing were held, until the master is heard again
+//! ```
+//!
+//! What is cached under a lease carries its *term*: a number that a lease gets when it begins. It is believed as long as the
+//! inode's lease has this number, so that ending a lease ends everything under it in one step.
+//!
+//! Nothing here does I/O. The session tells of grants and recalls in the order in which they came.
+
+use dfs_env::Clock;
+use dfs_proto::v1::LeaseKind;
+use dfs_proto::{InodeNo, limits};
+use lru::LruCache;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Locks that leases of different inodes share.
+const SHARDS: usize = 16;
+/// How long before the master may give a session up its client does.
+const MARGIN: Duration = Duration::from_millis(limits::LEASE_MARGIN_MS);
+
+/// What a lease allows; each allows what those before it do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    Read,
+    Write,
+}
+
+impl Kind {
+    /// What may be kept of a lease that is asked for.
+    #[must_use]
+    pub fn from_proto(kind: LeaseKind) -> Option<Self> {
+        match kind {
+            LeaseKind::LeaseNone => None,
+            LeaseKind::LeaseRead => Some(Self::Read),
+            LeaseKind::LeaseWrite => Some(Self::Write),
+        }
+    }
+
+    /// As the protocol says it.
+    #[must_use]
+    pub fn to_proto(kind: Option<Self>) -> LeaseKind {
+        match kind {
+            None => LeaseKind::LeaseNone,
+            Some(Self::Read) => LeaseKind::LeaseRead,
+            Some(Self::Write) => LeaseKind::LeaseWrite,
+        }
+    }
+}
+
+/// Numbers the times that an inode was leased: what was learned in one is not believed in another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Term(u64);
+
+impl Term {
+    #[must_use]
+    pub const fn new(number: u64) -> Self {
+        Self(number)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    kind: Kind,
+    /// The number of its last grant.
+    grant: u64,
+    term: Term,
+    /// It is being given up, down to this.
+    leaving: Option<Option<Kind>>,
+}
+
+/// Inodes on which leases are asserted.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Asserted {
+    pub read: Vec<u64>,
+    pub write: Vec<u64>,
+}
+
+/// All of them.
+pub struct Leases {
+    clock: Arc<dyn Clock>,
+    shards: Vec<Mutex<LruCache<InodeNo, Held>>>,
+    /// Of one shard.
+    most: usize,
+    next_term: AtomicU64,
+    /// Until when they count, in milliseconds since boot.
+    deadline: AtomicU64,
+}
+
+impl Leases {
+    /// None. More than `most` are given back, the least used first.
+    #[must_use]
+    pub fn new(clock: Arc<dyn Clock>, most: usize) -> Self {
+        Self {
+            clock,
+            shards: (0..SHARDS).map(|_| Mutex::new(LruCache::unbounded())).collect(),
+            most: (most / SHARDS).max(1),
+            next_term: AtomicU64::new(1),
+            deadline: AtomicU64::new(0),
+        }
+    }
+
+    fn shard(&self, ino: InodeNo) -> MutexGuard<'_, LruCache<InodeNo, Held>> {
+        // Every change is a single step: a poisoned shard is whole.
+        self.shards[usize::try_from(ino.get() % SHARDS as u64).expect("below SHARDS")]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The master has confirmed a message that was sent at `sent` (since boot): leases count for `ttl` from then, less a
+    /// margin.
+    pub fn confirmed(&self, sent: Duration, ttl: Duration) {
+        let until = (sent + ttl).saturating_sub(MARGIN.min(ttl / 3));
+        self.deadline.fetch_max(millis(until), Ordering::SeqCst);
+    }
+
+    /// For how long what is cached under a lease may still be believed without another word from the master.
+    #[must_use]
+    pub fn left(&self) -> Duration {
+        let now = millis(self.clock.boot());
+        Duration::from_millis(self.deadline.load(Ordering::SeqCst).saturating_sub(now))
+    }
+
+    /// A lease was granted. Answers one that is to be given up for it, if there are too many.
+    pub fn granted(&self, ino: InodeNo, kind: Kind, grant: u64) -> Option<InodeNo> {
+        let term = Term(self.next_term.fetch_add(1, Ordering::Relaxed));
+        let mut shard = self.shard(ino);
+        match shard.get_mut(&ino) {
+            // One lease goes on as another: what was learned under it is as good as before.
+            Some(held) => (held.kind, held.grant) = (kind, grant),
+            None => {
+                shard.put(ino, Held { kind, grant, term, leaving: None });
+            }
+        }
+        if shard.len() <= self.most {
+            return None;
+        }
+        let idle = shard.iter().rev().find(|(_, held)| held.leaving.is_none()).map(|(ino, _)| *ino)?;
+        shard.peek_mut(&idle)?.leaving = Some(None);
+        Some(idle)
+    }
+
+    /// The term under which something that is learned of an inode now may be kept, and believed until it ends.
+    #[must_use]
+    pub fn term(&self, ino: InodeNo) -> Option<Term> {
+        let mut shard = self.shard(ino);
+        let held = shard.get(&ino).filter(|held| held.leaving != Some(None))?;
+        let term = held.term;
+        drop(shard);
+        (!self.left().is_zero()).then_some(term)
+    }
+
+    /// Whether what was learned in a term may be believed.
+    #[must_use]
+    pub fn is_current(&self, ino: InodeNo, term: Term) -> bool {
+        self.term(ino) == Some(term)
+    }
+
+    /// What is held on an inode and not being given up.
+    #[must_use]
+    pub fn kind(&self, ino: InodeNo) -> Option<Kind> {
+        let held = self.shard(ino).peek(&ino).copied()?;
+        if held.leaving.is_none() { Some(held.kind) } else { None }
+    }
+
+    /// Does something that takes a write lease, if there is one, and in this term if one is given. While it is being done,
+    /// the lease does not end; it must not look at leases itself.
+    pub fn writing<T>(&self, ino: InodeNo, term: Option<Term>, act: impl FnOnce() -> T) -> Option<T> {
+        let mut shard = self.shard(ino);
+        let held = shard.get(&ino)?;
+        let another = term.is_some_and(|term| term != held.term);
+        if another || held.kind != Kind::Write || held.leaving.is_some() || self.left().is_zero() {
+            return None;
+        }
+        Some(act())
+    }
+
+    /// Somebody else needs the inode. What is to be given up: the kind that is held. `Err`: nothing is held under this
+    /// grant, and that is what the master is to be told; or it is being given up as far already (None).
+    pub fn recalled(&self, ino: InodeNo, grant: u64, keep: Option<Kind>) -> Result<Kind, Option<u64>> {
+        let mut shard = self.shard(ino);
+        let Some(held) = shard.peek_mut(&ino).filter(|held| held.grant == grant) else {
+            return Err(Some(grant));
+        };
+        match held.leaving {
+            Some(leaving) if leaving <= keep => Err(None),
+            _ => {
+                held.leaving = Some(keep);
+                Ok(held.kind)
+            }
+        }
+    }
+
+    /// Nothing is cached or kept any more beyond what remains of the lease. What to tell the master: the number of the grant,
+    /// and what is kept. None: there is more to give up meanwhile, or nothing is held.
+    pub fn left_behind(&self, ino: InodeNo, keep: Option<Kind>) -> Option<u64> {
+        let mut shard = self.shard(ino);
+        let held = shard.peek_mut(&ino)?;
+        if held.leaving? < keep {
+            return None;
+        }
+        let grant = held.grant;
+        match keep {
+            Some(kind) => (held.kind, held.leaving) = (held.kind.min(kind), None),
+            None => drop(shard.pop(&ino)),
+        }
+        Some(grant)
+    }
+
+    /// What is held, to be asserted to a master; its grants are numbered 0 from here on.
+    #[must_use]
+    pub fn assert(&self) -> Asserted {
+        let mut asserted = Asserted::default();
+        for shard in &self.shards {
+            for (ino, held) in shard.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
+                held.grant = 0;
+                match held.kind {
+                    Kind::Read => asserted.read.push(ino.get()),
+                    Kind::Write => asserted.write.push(ino.get()),
+                }
+            }
+        }
+        asserted
+    }
+
+    /// The session is over: nothing is held. Answers what was.
+    pub fn end(&self) -> Vec<(InodeNo, Kind)> {
+        self.deadline.store(0, Ordering::SeqCst);
+        let mut held = Vec::new();
+        for shard in &self.shards {
+            let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            held.extend(shard.iter().map(|(ino, lease)| (*ino, lease.kind)));
+            shard.clear();
+        }
+        held
+    }
+
+    /// Every inode on which one is held.
+    #[must_use]
+    pub fn all(&self) -> Vec<InodeNo> {
+        let mut inos = Vec::new();
+        for shard in &self.shards {
+            let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            inos.extend(shard.iter().map(|(ino, _)| *ino));
+        }
+        inos
+    }
+
+    /// How many are held.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.shards.iter().map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner).len()).sum()
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+pub mod testing {
+    //! Leases on a clock that a test moves.
+
+    use super::*;
+    use std::time::SystemTime;
+
+    pub struct TestClock(AtomicU64);
+
+    impl TestClock {
+        pub fn pass(&self, time: Duration) {
+            self.0.fetch_add(millis(time), Ordering::SeqCst);
+        }
+    }
+
+    impl Clock for TestClock {
+        fn system(&self) -> SystemTime {
+            SystemTime::UNIX_EPOCH + self.boot()
+        }
+
+        fn boot(&self) -> Duration {
+            Duration::from_millis(self.0.load(Ordering::SeqCst))
+        }
+    }
+
+    /// No leases, which count for the next 18 seconds.
+    pub fn leases() -> (Arc<Leases>, Arc<TestClock>) {
+        let clock = Arc::new(TestClock(AtomicU64::new(1_000_000)));
+        let leases = Leases::new(Arc::clone(&clock) as Arc<dyn Clock>, 1_000_000);
+        leases.confirmed(clock.boot(), Duration::from_secs(20));
+        (Arc::new(leases), clock)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::leases;
+    use super::*;
+
+    const INO: InodeNo = InodeNo(5);
+
+    #[test]
+    fn a_write_lease_that_is_recalled_takes_no_more_bytes_and_may_leave_a_read_lease() {
+        let (leases, clock) = leases();
+        assert_eq!(leases.writing(INO, None, || ()), None);
+        leases.granted(INO, Kind::Read, 1);
+        let term = leases.term(INO).expect("held");
+        assert_eq!(leases.writing(INO, None, || ()), None);
+        leases.granted(INO, Kind::Write, 2);
+        assert_eq!(leases.writing(INO, Some(term), || 7), Some(7));
+        assert!(leases.is_current(INO, term), "an upgrade begins no other term");
+        assert_eq!(leases.recalled(INO, 1, None), Err(Some(1)), "an older grant");
+        assert_eq!(leases.recalled(INO, 2, Some(Kind::Read)), Ok(Kind::Write));
+        assert_eq!(leases.writing(INO, None, || ()), None);
+        assert!(leases.is_current(INO, term));
+        // More is wanted before as much was given.
+        assert_eq!(leases.recalled(INO, 2, Some(Kind::Read)), Err(None));
+        assert_eq!(leases.recalled(INO, 2, None), Ok(Kind::Write));
+        assert!(!leases.is_current(INO, term));
+        assert_eq!(leases.left_behind(INO, Some(Kind::Read)), None);
+        assert_eq!(leases.left_behind(INO, None), Some(2));
+        assert_eq!((leases.left_behind(INO, None), leases.count()), (None, 0));
+        leases.granted(INO, Kind::Write, 3);
+        clock.pass(Duration::from_secs(18));
+        assert_eq!(
+            (leases.writing(INO, None, || ()), leases.term(INO)),
+            (None, None),
+            "nobody may know of it any more"
+        );
+        assert_eq!(leases.end(), [(INO, Kind::Write)]);
+    }
+
+    #[test]
+    fn what_is_held_is_asserted_and_the_least_used_is_given_back() {
+        let clock = leases().1;
+        let leases = Leases::new(Arc::clone(&clock) as Arc<dyn Clock>, 2 * SHARDS);
+        leases.confirmed(clock.boot(), Duration::from_secs(20));
+        let ino = |n: usize| InodeNo((n * SHARDS) as u64);
+        assert_eq!(
+            (leases.granted(ino(1), Kind::Read, 1), leases.granted(ino(2), Kind::Write, 1)),
+            (None, None)
+        );
+        assert!(leases.term(ino(1)).is_some());
+        assert_eq!(leases.granted(ino(3), Kind::Read, 1), Some(ino(2)));
+        assert_eq!(leases.kind(ino(2)), None);
+        assert_eq!(leases.left_behind(ino(2), None), Some(1));
+        let mut asserted = leases.assert();
+        asserted.read.sort_unstable();
+        assert_eq!(asserted, Asserted { read: vec![ino(1).get(), ino(3).get()], write: Vec::new() });
+        assert_eq!(leases.recalled(ino(1), 0, None), Ok(Kind::Read));
+    }
+}

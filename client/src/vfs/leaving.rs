@@ -1,0 +1,105 @@
+//! Giving leases up: what was kept under them is committed, what was cached is dropped, here and in the kernel; then the
+//! master is told. And taking write leases.
+
+use super::{Client, Inner, own_cred, unexpected};
+use crate::session::Leaving;
+use dfs_proto::v1::{self, LeaseKind, answer, hold};
+use dfs_proto::{FsResult, InodeNo};
+use futures::future::BoxFuture;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// How often it is looked whether the master has been silent for so long that leases do not count any more.
+const TICK: Duration = Duration::from_millis(500);
+
+/// How long a lease that does not count yet is waited for at a time.
+const UNCONFIRMED: Duration = Duration::from_millis(20);
+
+/// Whoever keeps caches of its own behind this client: the kernel.
+pub trait Kernel: Send + Sync + 'static {
+    /// Drops what is cached of an inode: its attributes, a file's bytes, a directory's names. Returns when nothing of it is
+    /// believed any more.
+    fn forget(&self, ino: InodeNo) -> BoxFuture<'static, ()>;
+}
+
+impl Client {
+    /// From now on the kernel's caches live and die with this client's leases.
+    pub fn serve_kernel(&self, kernel: Arc<dyn Kernel>) {
+        // A second time cannot be: one mount a client.
+        let _ = self.inner.kernel.set(kernel);
+    }
+}
+
+/// Gives up leases as long as the client lives.
+pub(super) async fn run(inner: Weak<Inner>, mut leaving: mpsc::UnboundedReceiver<Leaving>) {
+    let mut believed = true;
+    loop {
+        let next = tokio::select! {
+            next = leaving.recv() => next,
+            () = tokio::time::sleep(TICK) => {
+                let Some(inner) = inner.upgrade() else { return };
+                let believes = !inner.session.leases().left().is_zero();
+                if believed && !believes {
+                    inner.drop_pages_of_all().await;
+                }
+                believed = believes;
+                continue;
+            }
+        };
+        let (Some(next), Some(inner)) = (next, inner.upgrade()) else { return };
+        tokio::spawn(async move { inner.leave(next).await });
+    }
+}
+
+impl Inner {
+    async fn leave(&self, leaving: Leaving) {
+        let Leaving { ino, keep } = leaving;
+        // No new bytes are kept from the moment of the recall on.
+        if let Err(error) = self.flush_if_dirty(ino).await {
+            tracing::error!(%ino, %error, "bytes could not be written when somebody else wanted the file: they are lost");
+        }
+        if keep.is_none() {
+            self.cache.leaving(ino);
+            self.data.forget_layout(ino);
+            if let Some(kernel) = self.kernel.get() {
+                kernel.forget(ino).await;
+            }
+        }
+        self.session.give_back(ino, keep);
+    }
+
+    /// Nothing was heard of the master for so long that it may have given the session up: pages in the kernel, which live
+    /// without a time-out, are not to be read any more.
+    async fn drop_pages_of_all(&self) {
+        let Some(kernel) = self.kernel.get() else { return };
+        tracing::warn!("no word of the master for too long: nothing cached is believed until there is");
+        for ino in self.session.leases().all() {
+            kernel.forget(ino).await;
+        }
+    }
+
+    /// Gets a write lease. False: several clients have the file open and write: everything goes through at once. `alone`:
+    /// also then.
+    pub(super) async fn take_write_lease(&self, ino: InodeNo, alone: bool) -> FsResult<bool> {
+        let leases = self.session.leases();
+        if leases.writing(ino, None, || ()).is_some() {
+            return Ok(true);
+        }
+        let ticket = self.cache.ticket();
+        let take = v1::TakeLease { ino: ino.get(), kind: LeaseKind::LeaseWrite.into(), alone };
+        match self.master.hold(&own_cred(), hold::Op::TakeLease(take)).await? {
+            answer::Body::Leased(leased) => {
+                if let Some(attr) = &leased.attr {
+                    self.cache.put_attr(&ticket, attr);
+                }
+                if leases.left().is_zero() {
+                    // Nothing counts before the next keep-alive is answered.
+                    tokio::time::sleep(UNCONFIRMED).await;
+                }
+                Ok(!leased.shared)
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+}
