@@ -197,6 +197,13 @@ impl Leases {
         }
     }
 
+    /// A lease that nobody asks for is to be given up. False: there is none, or it is being given up already.
+    pub fn surrender(&self, ino: InodeNo) -> bool {
+        let mut shard = self.shard(ino);
+        let held = shard.peek_mut(&ino).filter(|held| held.leaving.is_none());
+        held.map(|held| held.leaving = Some(None)).is_some()
+    }
+
     /// Nothing is cached or kept any more beyond what remains of the lease. What to tell the master: the number of the grant,
     /// and what is kept. None: there is more to give up meanwhile, or nothing is held.
     pub fn left_behind(&self, ino: InodeNo, keep: Option<Kind>) -> Option<u64> {

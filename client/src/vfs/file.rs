@@ -188,6 +188,7 @@ impl Client {
         let ino = file.ino;
         if inner.files.closed(ino) {
             inner.data.discard(ino);
+            inner.surrender(ino);
         }
         let close = hold::Op::Close(v1::Close { ino: ino.get() });
         if inner.data.dirty(ino).is_none() {

@@ -69,6 +69,15 @@ impl Inner {
         self.session.give_back(ino, keep);
     }
 
+    /// An inode is gone, or will be when others close it: what is known of it is of no use any more.
+    pub(super) fn surrender(&self, ino: InodeNo) {
+        if self.session.leases().surrender(ino) {
+            self.cache.leaving(ino);
+            self.data.forget_layout(ino);
+            self.session.give_back(ino, None);
+        }
+    }
+
     /// Nothing was heard of the master for so long that it may have given the session up: pages in the kernel, which live
     /// without a time-out, are not to be read any more.
     async fn drop_pages_of_all(&self) {

@@ -283,6 +283,7 @@ impl Inner {
         let ino = InodeNo(attr.ino);
         if attr.nlink == 0 && attr.kind == v1::Kind::File as i32 && !self.files.unlinked(ino) {
             self.data.discard(ino);
+            self.surrender(ino);
         }
     }
 

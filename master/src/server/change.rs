@@ -1,12 +1,13 @@
 //! A change on its way: it waits for its names and for the leases of others, is proposed, and lets go when it was applied.
 
 use super::connection::Link;
+use super::term::Term;
 use super::{Gone, store_failed};
 use crate::leases::names::Turn;
 use crate::leases::table::{ClaimId, Clock, Kind, What};
 use crate::state::{self, Applied};
 use dfs_proto::v1::{self, Answer, Command, answer::Body, mutation};
-use dfs_proto::{FsResult, InodeNo};
+use dfs_proto::{FsResult, InodeNo, SessionId};
 use futures::future::BoxFuture;
 use std::future::Future;
 use std::pin::Pin;
@@ -105,6 +106,30 @@ impl Drop for Change {
         if let Some(turn) = self.turn.take() {
             memory.give_back_names(turn);
         }
+    }
+}
+
+/// A claim of the cluster's own; it ends when it is dropped.
+pub struct Claim {
+    term: Arc<Term>,
+    id: ClaimId,
+}
+
+impl Claim {
+    /// Waits until nobody caches anything of these inodes.
+    pub async fn of_the_cluster(term: &Arc<Term>, inos: &[InodeNo]) -> Result<Self, Gone> {
+        let (id, waiting) = term.memory().claim(SessionId(0), What::Change, inos.to_vec(), term.now());
+        let claim = Self { term: Arc::clone(term), id };
+        if let Some(waiting) = waiting {
+            waiting.await.map_err(|_| Gone::default())?;
+        }
+        Ok(claim)
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.term.memory().end_claim(self.id, self.term.now());
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a master does while it leads, beside answering: sessions expire, orphans are freed, chunks sealed and dropped.
 
 use super::term::Term;
-use super::{Gone, Shared, census, sealing, space};
+use super::{Gone, Shared, census, change, sealing, space};
 use crate::leases::table::Kind;
 use crate::raft::Leadership;
 use crate::state;
@@ -195,8 +195,10 @@ async fn free_orphans(term: Arc<Term>) {
 }
 
 /// Frees inodes, large ones in steps: while it is going on nobody can open them.
-async fn reap(term: &Term, batch: &[InodeNo]) -> Result<(), Gone> {
+async fn reap(term: &Arc<Term>, batch: &[InodeNo]) -> Result<(), Gone> {
     let mut left = batch.to_vec();
+    // Whoever still caches what he saw of one is to find that it is gone.
+    let _claim = if left.is_empty() { None } else { Some(change::Claim::of_the_cluster(term, &left).await?) };
     while !left.is_empty() {
         let reap = v1::Reap { inos: left.iter().map(|ino| ino.get()).collect() };
         if let Err(error) = term.shared.system(system::Op::Reap(reap)).await? {
