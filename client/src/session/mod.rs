@@ -20,8 +20,8 @@ use async_trait::async_trait;
 use dfs_env::Env;
 use dfs_proto::v1::{self, Cred, ErrorCode, Hello, MasterFrame, Timestamp, Welcome, answer, hold, request};
 use dfs_proto::{FsError, FsResult, InodeNo, SessionId, limits};
-pub use requests::Leaving;
 use requests::{Answered, Outcome, State};
+pub use requests::{Leaving, Wanted};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -54,8 +54,8 @@ struct Shared {
     /// The master takes root for nobody.
     root_squash: AtomicBool,
     leases: Arc<Leases>,
-    /// Leases to be given up, for whoever knows what is cached under them.
-    leaving: mpsc::UnboundedSender<Leaving>,
+    /// For whoever knows what is cached and kept under leases.
+    wanted: mpsc::UnboundedSender<Wanted>,
 }
 
 impl Session {
@@ -65,17 +65,17 @@ impl Session {
     /// After `connect_timeout`, with the addresses tried and the causes; sooner when every master that answers refuses
     /// for good, and at once when no master is configured.
     ///
-    /// The second of the pair tells of leases that are to be given up; [`Session::give_back`] answers.
+    /// The second of the pair tells what the master wants; [`Session::give_back`] and [`Session::tell`] answer.
     pub async fn connect(
         env: Env,
         config: &ClientConfig,
-    ) -> FsResult<(Arc<Self>, mpsc::UnboundedReceiver<Leaving>)> {
+    ) -> FsResult<(Arc<Self>, mpsc::UnboundedReceiver<Wanted>)> {
         if config.masters.is_empty() {
             return Err(FsError::new(ErrorCode::ErrorInvalid, "no masters are configured"));
         }
         let host = if config.host.is_empty() { settings::host_name() } else { config.host.clone() };
         let leases = Arc::new(Leases::new(Arc::clone(&env.clock), limits::LEASES_PER_CLIENT));
-        let (leaving, to_leave) = mpsc::unbounded_channel();
+        let (wanted, wants) = mpsc::unbounded_channel();
         let mut state = State::new(env.random(), config.cluster_id.clone(), Arc::clone(&leases));
         state.cause = format!("no answer from {}", config.masters.join(", "));
         let shared = Arc::new(Shared {
@@ -91,7 +91,7 @@ impl Session {
             finished: watch::Sender::new(false),
             root_squash: AtomicBool::new(false),
             leases,
-            leaving,
+            wanted,
             env,
         });
         tokio::spawn(link::run(Arc::clone(&shared)));
@@ -107,7 +107,7 @@ impl Session {
             }
         };
         match timeout(config.connect_timeout, waiting).await {
-            Ok(Ok(())) => Ok((session, to_leave)),
+            Ok(Ok(())) => Ok((session, wants)),
             Ok(Err(())) => Err(shared.broken().unwrap_or_else(|| ErrorCode::ErrorUnavailable.into())),
             Err(_) => Err(FsError::new(
                 ErrorCode::ErrorTimedOut,
@@ -174,6 +174,12 @@ impl Session {
     /// A lease was given up, down to `keep`: what was kept under the rest is committed, what was cached is dropped.
     pub fn give_back(&self, ino: InodeNo, keep: Option<Kind>) {
         self.shared.state().give_back(ino, keep);
+        self.shared.wake();
+    }
+
+    /// Answers a question of the master about a file.
+    pub fn tell(&self, ask: u64, attr: Option<v1::Attr>) {
+        self.shared.state().tell(ask, attr);
         self.shared.wake();
     }
 
@@ -437,9 +443,10 @@ impl Shared {
 
     fn settle(&self, outcome: Outcome) {
         self.window.add_permits(outcome.freed);
-        for leaving in outcome.leaving {
+        let asks = outcome.asks.into_iter().map(Wanted::Tell);
+        for wanted in outcome.leaving.into_iter().map(Wanted::Leave).chain(asks) {
             // Nobody listens any more: the client is being shut down.
-            let _gone = self.leaving.send(leaving);
+            let _gone = self.wanted.send(wanted);
         }
         for completion in outcome.completions {
             // Nobody there any more: what matters of that was seen to under the lock.

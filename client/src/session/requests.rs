@@ -47,6 +47,16 @@ pub(super) struct Outcome {
     pub not_leader: bool,
     /// Leases to be given up.
     pub leaving: Vec<Leaving>,
+    /// Questions of the master about files that are written here.
+    pub asks: Vec<v1::Ask>,
+}
+
+/// What the master wants of this client by itself.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Wanted {
+    Leave(Leaving),
+    /// To know what a file looks like whose changes are kept here.
+    Tell(v1::Ask),
 }
 
 /// A lease is to be given up, down to `keep`. Nothing is believed beyond that any more.
@@ -92,6 +102,7 @@ pub(super) struct State {
     leases: Arc<Leases>,
     /// Leases given back, to be sent.
     returned: Vec<LeaseReturn>,
+    told: Vec<v1::Told>,
     goodbye: Option<bool>,
     pub session: u64,
     pub nonce: u64,
@@ -125,6 +136,7 @@ impl State {
             alive_at: VecDeque::new(),
             leases,
             returned: Vec::new(),
+            told: Vec::new(),
             goodbye: None,
             session: 0,
             nonce,
@@ -194,7 +206,8 @@ impl State {
             self.goodbye = Some(true);
             frame.goodbye = Some(Goodbye {});
         }
-        let empty = frame.requests.is_empty() && frame.returned.is_empty();
+        frame.told = std::mem::take(&mut self.told);
+        let empty = frame.requests.is_empty() && frame.returned.is_empty() && frame.told.is_empty();
         if empty && frame.keep_alive == 0 && frame.goodbye.is_none() {
             return None;
         }
@@ -230,6 +243,7 @@ impl State {
                 Err(None) => {}
             }
         }
+        outcome.asks.extend(frame.asks);
         while let Some((number, sent)) = self.alive_at.front().copied()
             && number <= frame.keep_alive
         {
@@ -245,6 +259,11 @@ impl State {
             let keep = Kind::to_proto(keep).into();
             self.returned.push(LeaseReturn { ino: ino.get(), grant, keep });
         }
+    }
+
+    /// What a file looks like that the master asked about; nothing: its changes are not kept here any more.
+    pub fn tell(&mut self, ask: u64, attr: Option<v1::Attr>) {
+        self.told.push(v1::Told { ask, attr });
     }
 
     fn answered(&mut self, replies: Vec<Reply>, outcome: &mut Outcome) {
@@ -368,7 +387,8 @@ impl State {
 
     /// Whether the stream should be woken.
     pub fn has_work(&self) -> bool {
-        let other = self.keep_alive_due || !self.returned.is_empty() || self.goodbye == Some(false);
+        let news = !self.returned.is_empty() || !self.told.is_empty();
+        let other = self.keep_alive_due || news || self.goodbye == Some(false);
         self.welcomed && (other || !self.unsent.is_empty())
     }
 
@@ -399,6 +419,7 @@ impl State {
         self.alive_at.clear();
         // What was given back is not asserted.
         self.returned.clear();
+        self.told.clear();
         let held = self.leases.assert();
         Hello {
             version: PROTOCOL_VERSION,

@@ -181,8 +181,16 @@ impl Test {
 fn welcome(session: u64) -> Act {
     let now = Some(Timestamp { seconds: 1000, nanos: 0 });
     let (cluster_id, version) = ("c".to_owned(), dfs_proto::PROTOCOL_VERSION);
-    let welcome =
-        Welcome { ttl_ms: 20_000, session, cluster_id, version, now, replicas: 3, chunk_size: 8, ..Welcome::default() };
+    let welcome = Welcome {
+        ttl_ms: 20_000,
+        session,
+        cluster_id,
+        version,
+        now,
+        replicas: 3,
+        chunk_size: 8,
+        ..Welcome::default()
+    };
     Act::Send(MasterFrame { welcome: Some(welcome), ..MasterFrame::default() })
 }
 

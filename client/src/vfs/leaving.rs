@@ -2,7 +2,7 @@
 //! master is told. And taking write leases.
 
 use super::{Client, Inner, own_cred, unexpected};
-use crate::session::Leaving;
+use crate::session::{Leaving, Wanted};
 use dfs_proto::v1::{self, LeaseKind, answer, hold};
 use dfs_proto::{FsResult, InodeNo};
 use futures::future::BoxFuture;
@@ -31,12 +31,12 @@ impl Client {
     }
 }
 
-/// Gives up leases as long as the client lives.
-pub(super) async fn run(inner: Weak<Inner>, mut leaving: mpsc::UnboundedReceiver<Leaving>) {
+/// Gives up leases and answers questions as long as the client lives.
+pub(super) async fn run(inner: Weak<Inner>, mut wanted: mpsc::UnboundedReceiver<Wanted>) {
     let mut believed = true;
     loop {
         let next = tokio::select! {
-            next = leaving.recv() => next,
+            next = wanted.recv() => next,
             () = tokio::time::sleep(TICK) => {
                 let Some(inner) = inner.upgrade() else { return };
                 let believes = !inner.session.leases().left().is_zero();
@@ -48,7 +48,15 @@ pub(super) async fn run(inner: Weak<Inner>, mut leaving: mpsc::UnboundedReceiver
             }
         };
         let (Some(next), Some(inner)) = (next, inner.upgrade()) else { return };
-        tokio::spawn(async move { inner.leave(next).await });
+        tokio::spawn(async move {
+            match next {
+                Wanted::Leave(leaving) => inner.leave(leaving).await,
+                Wanted::Tell(ask) => {
+                    let attr = inner.attr_as_kept(InodeNo(ask.ino)).await;
+                    inner.session.tell(ask.ask, attr);
+                }
+            }
+        });
     }
 }
 
@@ -67,6 +75,15 @@ impl Inner {
             }
         }
         self.session.give_back(ino, keep);
+    }
+
+    /// The attributes of a file as this client's programs see them, if changes of it are kept here.
+    async fn attr_as_kept(&self, ino: InodeNo) -> Option<v1::Attr> {
+        let leases = self.session.leases();
+        let term = leases.term(ino)?;
+        let attr = self.attr_now(ino).await.ok()?;
+        // Not if it ended meanwhile: somebody else may have changed it since.
+        leases.is_current(ino, term).then_some(attr)
     }
 
     /// An inode is gone, or will be when others close it: what is known of it is of no use any more.

@@ -77,7 +77,7 @@ impl Client {
     /// After `connect_timeout` at the latest, with one line that names the addresses tried and what each answered; at
     /// once when every master that answers refuses this client for good (another protocol version or cluster).
     pub async fn connect(env: Env, config: ClientConfig) -> FsResult<Self> {
-        let (session, leaving) = Session::connect(env.clone(), &config).await?;
+        let (session, wanted) = Session::connect(env.clone(), &config).await?;
         let leases = session.leases();
         let cache = Arc::new(Cache::new(Arc::clone(leases), limits::ATTR_CACHE_ENTRIES));
         let master: Arc<dyn Master> = Arc::new(Observer::new(Arc::clone(&session), Arc::clone(&cache)));
@@ -111,7 +111,7 @@ impl Client {
                 kernel: OnceLock::new(),
             }),
         };
-        tokio::spawn(leaving::run(Arc::downgrade(&client.inner), leaving));
+        tokio::spawn(leaving::run(Arc::downgrade(&client.inner), wanted));
         client.start_touching();
         Ok(client)
     }

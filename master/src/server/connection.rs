@@ -190,6 +190,9 @@ impl Connection {
             }
             memory.dispatch();
         }
+        for told in frame.told {
+            term.memory().told(self.link.session, told);
+        }
         if frame.keep_alive != 0 {
             self.running.push(alive(Arc::clone(&self.link), frame.keep_alive).boxed());
         }
@@ -245,12 +248,13 @@ impl Connection {
     fn take_frame(&mut self) -> Option<MasterFrame> {
         let session = self.link.session;
         let mut memory = self.link.term.memory();
-        let recalls = memory.take_recalls(session);
-        if self.replies.is_empty() && self.keep_alive == 0 && recalls.is_empty() {
+        let (recalls, asks) = (memory.take_recalls(session), memory.take_asks(session));
+        let news = !recalls.is_empty() || !asks.is_empty();
+        if self.replies.is_empty() && self.keep_alive == 0 && !news {
             return None;
         }
         let mut frame =
-            MasterFrame { keep_alive: std::mem::take(&mut self.keep_alive), ..MasterFrame::default() };
+            MasterFrame { keep_alive: std::mem::take(&mut self.keep_alive), asks, ..MasterFrame::default() };
         let mut bytes = 0;
         while frame.replies.len() < FRAME_REQUESTS_MAX
             && bytes < FRAME_BYTES_MAX

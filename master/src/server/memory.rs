@@ -4,7 +4,7 @@ use crate::leases::locks::{Lock, LockTable, Outcome, WaiterId};
 use crate::leases::names::{Name, Names, Turn};
 use crate::leases::opens::{Access, Opens, Ticket};
 use crate::leases::table::{Actions, ClaimId, Kind, Leases, Notes, Recall, What};
-use dfs_proto::v1::SessionRow;
+use dfs_proto::v1::{self, SessionRow};
 use dfs_proto::{InodeNo, SessionId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -31,8 +31,9 @@ pub struct Session {
     /// It did not give back a lease in time: it is not listened to any more, and expires when it cannot believe any longer
     /// that it holds one.
     pub fenced: bool,
-    /// Leases to ask it for, when its stream sends next.
+    /// Leases to ask it for, and inodes to ask it about, when its stream sends next.
     recalls: Vec<Recall>,
+    asks: Vec<v1::Ask>,
     /// Wakes its stream.
     pub wake: Arc<Notify>,
 }
@@ -62,6 +63,9 @@ pub struct Memory {
     notes: BTreeSet<(SessionId, Kind, u32)>,
     noting: BTreeSet<(SessionId, Kind, u32)>,
     pub notes_wanted: Arc<Notify>,
+    /// Questions to those who buffer changes: whom, and who waits for the answer.
+    asked: BTreeMap<u64, (SessionId, oneshot::Sender<Option<v1::Attr>>)>,
+    next_ask: u64,
     pub opens: Opens,
     pub locks: LockTable,
     waiting: BTreeMap<WaiterId, Waiting>,
@@ -89,6 +93,8 @@ impl Memory {
             notes: BTreeSet::new(),
             noting: BTreeSet::new(),
             notes_wanted: Arc::default(),
+            asked: BTreeMap::new(),
+            next_ask: 1,
             opens: Opens::default(),
             locks: LockTable::new(LOCKS_PER_SESSION),
             waiting: BTreeMap::new(),
@@ -104,6 +110,9 @@ impl Memory {
         session.seen = now;
         session.attached = true;
         session.recalls.clear();
+        session.asks.clear();
+        // What the old stream was asked, the new one is not: whoever waits looks again.
+        self.asked.retain(|_, (asked, _)| *asked != id);
         session.generation.send_modify(|generation| *generation += 1);
         let generation = session.generation.subscribe();
         let number = *generation.borrow();
@@ -179,6 +188,7 @@ impl Memory {
         self.sessions.remove(&id);
         self.leases.end_session(id, now);
         self.notes.retain(|(session, ..)| *session != id);
+        self.asked.retain(|_, (asked, _)| *asked != id);
         self.dispatch();
         // Its claims that waited are gone.
         let leases = &self.leases;
@@ -346,6 +356,34 @@ impl Memory {
         self.dispatch();
     }
 
+    /// Asks whoever buffers changes of an inode what it looks like. None: nobody else does, as far as is known.
+    pub fn ask(&mut self, session: SessionId, ino: InodeNo) -> Option<oneshot::Receiver<Option<v1::Attr>>> {
+        let writer = self.leases.writer(ino).filter(|writer| *writer != session)?;
+        let holder = self.sessions.get_mut(&writer)?;
+        let ask = self.next_ask;
+        self.next_ask += 1;
+        holder.asks.push(v1::Ask { ask, ino: ino.get() });
+        holder.wake.notify_one();
+        let (sender, answer) = oneshot::channel();
+        self.asked.insert(ask, (writer, sender));
+        Some(answer)
+    }
+
+    /// Somebody who was asked has answered.
+    pub fn told(&mut self, session: SessionId, told: v1::Told) {
+        if self.asked.get(&told.ask).is_some_and(|(asked, _)| *asked == session)
+            && let Some((_, sender)) = self.asked.remove(&told.ask)
+        {
+            // Whoever asked may have gone.
+            let _gone = sender.send(told.attr);
+        }
+    }
+
+    /// What to ask a session.
+    pub fn take_asks(&mut self, session: SessionId) -> Vec<v1::Ask> {
+        self.sessions.get_mut(&session).map_or_else(Vec::new, |session| std::mem::take(&mut session.asks))
+    }
+
     /// The leases to ask a session for.
     pub fn take_recalls(&mut self, session: SessionId) -> Vec<Recall> {
         self.sessions.get_mut(&session).map_or_else(Vec::new, |session| std::mem::take(&mut session.recalls))
@@ -363,6 +401,7 @@ impl Session {
             attached: false,
             fenced: false,
             recalls: Vec::new(),
+            asks: Vec::new(),
             wake: Arc::default(),
         }
     }

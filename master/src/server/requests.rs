@@ -24,6 +24,8 @@ use std::time::Duration;
 
 /// Slices sent along with an Open.
 const OPEN_SLICES: u32 = 16;
+/// How long whoever buffers changes of an inode may take to say what it looks like; then he is to give them up.
+const ASK_WAIT: Duration = Duration::from_secs(1);
 /// Questions answered before others get a turn.
 const READS_IN_A_ROW: usize = 64;
 
@@ -304,6 +306,12 @@ async fn look_behind(
     opening: Option<Opening>,
     mut hidden: InodeNo,
 ) -> Result<Done, Gone> {
+    // Whoever only wants to know what it looks like asks the one who changes it, and does not disturb him.
+    if let ReadOp::Query(Query { op: Some(query::Op::GetAttr(_) | query::Op::Lookup(_)) }) = &read.op
+        && let Some(answer) = look_at_anothers(&link, &read, hidden).await
+    {
+        return Ok(Done::Reply(reply(read.seq, answer)));
+    }
     loop {
         change::see(&link, hidden).await?;
         match look(&link, &read, opening.as_ref()) {
@@ -312,6 +320,31 @@ async fn look_behind(
             Err(Hidden(ino)) => hidden = ino,
         }
     }
+}
+
+/// The attributes of an inode with what another session buffers of it. None: it does not say.
+async fn look_at_anothers(link: &Link, read: &Read, ino: InodeNo) -> Option<Answer> {
+    let ReadOp::Query(query) = &read.op else { return None };
+    let asked = link.term.memory().ask(link.session, ino)?;
+    let told = tokio::time::timeout(ASK_WAIT, asked).await.ok()?.ok()??;
+    let mut answer = ask(link, &read.cred, query);
+    let Some(Body::Entry(v1::Entry { attr: Some(attr), .. })) = &mut answer.body else { return None };
+    // A name that stands for something else by now is looked up in the usual way.
+    if attr.ino != ino.get() || attr.ino != told.ino {
+        return None;
+    }
+    *attr = v1::Attr {
+        mode: told.mode,
+        uid: told.uid,
+        gid: told.gid,
+        size: told.size,
+        blocks: told.blocks,
+        atime: told.atime,
+        mtime: told.mtime,
+        ctime: told.ctime,
+        ..*attr
+    };
+    Some(answer)
 }
 
 /// Answers a question or a hold from the applied state. With the answer go the inodes of which the session gets leases.
