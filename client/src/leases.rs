@@ -16,6 +16,7 @@ use dfs_env::Clock;
 use dfs_proto::v1::LeaseKind;
 use dfs_proto::{InodeNo, limits};
 use lru::LruCache;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -71,6 +72,8 @@ struct Held {
     /// The number of its last grant.
     grant: u64,
     term: Term,
+    /// The inode's version when it was last seen under it.
+    version: u64,
     /// It is being given up, down to this.
     leaving: Option<Option<Kind>>,
 }
@@ -91,6 +94,9 @@ pub struct Leases {
     next_term: AtomicU64,
     /// Until when they count, in milliseconds since boot.
     deadline: AtomicU64,
+    /// Write leases that ended with their session, and the version that the inode had then: what was kept under them may be
+    /// committed later only if nobody else has changed the inode since.
+    lost: Mutex<HashMap<InodeNo, u64>>,
 }
 
 impl Leases {
@@ -103,6 +109,7 @@ impl Leases {
             most: (most / SHARDS).max(1),
             next_term: AtomicU64::new(1),
             deadline: AtomicU64::new(0),
+            lost: Mutex::default(),
         }
     }
 
@@ -135,7 +142,7 @@ impl Leases {
             // One lease goes on as another: what was learned under it is as good as before.
             Some(held) => (held.kind, held.grant) = (kind, grant),
             None => {
-                shard.put(ino, Held { kind, grant, term, leaving: None });
+                shard.put(ino, Held { kind, grant, term, version: 0, leaving: None });
             }
         }
         if shard.len() <= self.most {
@@ -154,6 +161,23 @@ impl Leases {
         let term = held.term;
         drop(shard);
         (!self.left().is_zero()).then_some(term)
+    }
+
+    /// The inode was seen in this version under its lease.
+    pub fn seen(&self, ino: InodeNo, term: Term, version: u64) {
+        if let Some(held) = self.shard(ino).peek_mut(&ino).filter(|held| held.term == term) {
+            held.version = held.version.max(version);
+        }
+    }
+
+    /// The version that an inode had when its write lease was lost with the session, once.
+    #[must_use]
+    pub fn take_lost(&self, ino: InodeNo) -> Option<u64> {
+        self.lost().remove(&ino)
+    }
+
+    fn lost(&self) -> MutexGuard<'_, HashMap<InodeNo, u64>> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether what was learned in a term may be believed.
@@ -243,6 +267,8 @@ impl Leases {
         for shard in &self.shards {
             let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
             held.extend(shard.iter().map(|(ino, lease)| (*ino, lease.kind)));
+            let writes = shard.iter().filter(|(_, lease)| lease.kind == Kind::Write);
+            self.lost().extend(writes.map(|(ino, lease)| (*ino, lease.version)));
             shard.clear();
         }
         held
@@ -339,7 +365,10 @@ mod tests {
             (None, None),
             "nobody may know of it any more"
         );
+        let term = Term(3);
+        leases.seen(INO, term, 9);
         assert_eq!(leases.end(), [(INO, Kind::Write)]);
+        assert_eq!((leases.take_lost(INO), leases.take_lost(INO)), (Some(9), None));
     }
 
     #[test]

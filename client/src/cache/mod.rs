@@ -224,6 +224,9 @@ impl Cache {
     }
 
     fn insert_attr(&self, attr: &Attr, term: Option<Term>) {
+        if let Some(term) = term {
+            self.leases.seen(InodeNo(attr.ino), term, attr.version);
+        }
         let known = Known { attr: *attr, term };
         let mut shard = self.attr_shard(InodeNo(attr.ino));
         match shard.get_mut(&attr.ino) {

@@ -63,6 +63,10 @@ pub(super) async fn run(inner: Weak<Inner>, mut wanted: mpsc::UnboundedReceiver<
 impl Inner {
     async fn leave(&self, leaving: Leaving) {
         let Leaving { ino, keep } = leaving;
+        if self.data.dirty(ino).is_none() {
+            // If the lease was lost with its session, nothing of it was.
+            let _nothing = self.session.leases().take_lost(ino);
+        }
         // No new bytes are kept from the moment of the recall on.
         if let Err(error) = self.flush_if_dirty(ino).await {
             tracing::error!(%ino, %error, "bytes could not be written when somebody else wanted the file: they are lost");

@@ -1,43 +1,89 @@
-//! Lets the attribute cache see the commits of the data plane, before the data plane drops the bytes they cover: so the
-//! size that a program sees never falls back to that of an older answer.
+//! Stands between the data plane and the session.
+//!
+//! * The attribute cache sees commits before the data plane drops the bytes they cover: so the size that a program sees never
+//!   falls back to that of an older answer.
+//! * Bytes that were kept under a write lease are committed under it. When it was lost with its session, they may be
+//!   committed in the next one only if nobody else has changed the file in between; else they are lost, and whoever wrote them
+//!   is told.
 
+use super::own_cred;
 use crate::cache::Cache;
 use crate::session::Session;
 use crate::{Defaults, Master};
 use async_trait::async_trait;
-use dfs_proto::v1::{self, Cred, Timestamp};
-use dfs_proto::{FsResult, SessionId};
-use std::sync::Arc;
+use dfs_proto::v1::{self, Cred, ErrorCode, LeaseKind, Timestamp, answer, hold, mutation};
+use dfs_proto::{FsError, FsResult, InodeNo, SessionId};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 
 pub(super) struct Observer {
     session: Arc<Session>,
     cache: Arc<Cache>,
+    /// Commits of which nobody knows whether they happened before their session was lost: when they were made.
+    unsure: Mutex<HashMap<InodeNo, Option<Timestamp>>>,
 }
 
 impl Observer {
     pub fn new(session: Arc<Session>, cache: Arc<Cache>) -> Self {
-        Self { session, cache }
+        Self { session, cache, unsure: Mutex::default() }
+    }
+
+    // Every change is a single step: a poisoned map is whole.
+    fn unsure(&self) -> MutexGuard<'_, HashMap<InodeNo, Option<Timestamp>>> {
+        self.unsure.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn commit(&self, cred: &Cred, commit: v1::Commit) -> FsResult<answer::Body> {
+        let (ino, made) = (InodeNo(commit.ino), commit.ctime);
+        if let Some(version) = self.session.leases().take_lost(ino) {
+            self.regain(ino, version).await?;
+        }
+        let (ticket, session) = (self.cache.ticket(), self.session.session());
+        let answer = self.session.mutate(cred, mutation::Op::Commit(commit)).await;
+        match &answer {
+            Ok(answer::Body::Entry(v1::Entry { attr: Some(attr), .. })) => self.cache.learn(&ticket, attr),
+            Err(_) if self.session.session() != session => drop(self.unsure().insert(ino, made)),
+            _ => {}
+        }
+        answer
+    }
+
+    /// Gets a write lease that was lost at this version.
+    async fn regain(&self, ino: InodeNo, version: u64) -> FsResult<()> {
+        let ticket = self.cache.ticket();
+        let take = v1::TakeLease { ino: ino.get(), kind: LeaseKind::LeaseWrite.into(), alone: true };
+        let answer = self.session.hold(&own_cred(), hold::Op::TakeLease(take)).await?;
+        let answer::Body::Leased(v1::Leased { attr: Some(attr), .. }) = answer else {
+            return Err(super::unexpected(&answer));
+        };
+        let unsure = self.unsure().remove(&ino);
+        // The last commit in the old session may have happened: that was this client's own change.
+        let own = unsure.is_some_and(|made| attr.version == version + 1 && attr.ctime == made);
+        if attr.version != version && !own {
+            let text = "the session was lost, and somebody else has changed the file since: what was written is lost";
+            tracing::error!(%ino, was = version, is = attr.version, "{text}");
+            return Err(FsError::new(ErrorCode::ErrorIo, text));
+        }
+        self.cache.put_attr(&ticket, &attr);
+        Ok(())
     }
 }
 
 #[async_trait]
 impl Master for Observer {
-    async fn mutate(&self, cred: &Cred, change: v1::mutation::Op) -> FsResult<v1::answer::Body> {
-        let commit = matches!(change, v1::mutation::Op::Commit(_));
-        let ticket = self.cache.ticket();
-        let answer = self.session.mutate(cred, change).await?;
-        if commit && let v1::answer::Body::Entry(v1::Entry { attr: Some(attr), .. }) = &answer {
-            self.cache.learn(&ticket, attr);
+    async fn mutate(&self, cred: &Cred, change: mutation::Op) -> FsResult<answer::Body> {
+        match change {
+            mutation::Op::Commit(commit) => self.commit(cred, commit).await,
+            change => self.session.mutate(cred, change).await,
         }
-        Ok(answer)
     }
 
-    async fn query(&self, cred: &Cred, question: v1::query::Op) -> FsResult<v1::answer::Body> {
+    async fn query(&self, cred: &Cred, question: v1::query::Op) -> FsResult<answer::Body> {
         self.session.query(cred, question).await
     }
 
-    async fn hold(&self, cred: &Cred, hold: v1::hold::Op) -> FsResult<v1::answer::Body> {
+    async fn hold(&self, cred: &Cred, hold: hold::Op) -> FsResult<answer::Body> {
         self.session.hold(cred, hold).await
     }
 
