@@ -221,6 +221,11 @@ impl Leases {
         }
     }
 
+    /// The master and this client know both that a lease has ended: the inode lost its last name, and nobody has it open.
+    pub fn forget(&self, ino: InodeNo) {
+        self.shard(ino).pop(&ino);
+    }
+
     /// A lease that nobody asks for is to be given up. False: there is none, or it is being given up already.
     pub fn surrender(&self, ino: InodeNo) -> bool {
         let mut shard = self.shard(ino);

@@ -83,6 +83,18 @@ impl ClusterKey {
         mac.len() == MAC && self.keyed(purpose, message).verify_truncated_left(mac).is_ok()
     }
 
+    /// The proof that whoever has a session evicted at this time (milliseconds since 1970) has the key.
+    #[must_use]
+    pub fn eviction(&self, session: SessionId, now_ms: u64) -> [u8; MAC] {
+        self.mac("evict", &eviction_message(session, now_ms))
+    }
+
+    /// Whether such a proof is good; see [`ClusterKey::eviction`].
+    #[must_use]
+    pub fn verify_eviction(&self, session: SessionId, now_ms: u64, proof: &[u8]) -> bool {
+        self.verify("evict", &eviction_message(session, now_ms), proof)
+    }
+
     fn keyed(&self, purpose: &str, message: &[u8]) -> Hmac<Sha256> {
         let mut mac = Hmac::<Sha256>::new_from_slice(&self.0).expect("HMAC takes keys of any length");
         mac.update(purpose.as_bytes());
@@ -138,6 +150,10 @@ impl ClusterKey {
     }
 }
 
+fn eviction_message(session: SessionId, now_ms: u64) -> Vec<u8> {
+    [session.get().to_le_bytes(), now_ms.to_le_bytes()].concat()
+}
+
 impl std::fmt::Debug for ClusterKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "ClusterKey(cluster {})", self.cluster_id())
@@ -164,6 +180,15 @@ mod tests {
         let other = ClusterKey::new(b"fedcba9876543210").expect("long enough");
         assert_eq!(other.check(&token, ChunkId(9), Rights::READ, 0), Err(TokenError::Forged));
         assert_ne!(other.cluster_id(), key().cluster_id());
+    }
+
+    #[test]
+    fn an_eviction_is_for_one_session_at_one_time() {
+        let proof = key().eviction(SessionId(7), 1000);
+        assert!(key().verify_eviction(SessionId(7), 1000, &proof));
+        assert!(!key().verify_eviction(SessionId(8), 1000, &proof));
+        assert!(!key().verify_eviction(SessionId(7), 1001, &proof));
+        assert!(!key().verify_eviction(SessionId(7), 1000, &[]));
     }
 
     proptest! {

@@ -65,6 +65,20 @@ PY
 timeout 200 python3 "$WORK/frozen.py" "$MNT/frozen" "$SECOND/frozen" "$(second)" >"$WORK/frozen.log" 2>&1 || { cat "$WORK/frozen.log"; tail -n 20 "$WORK/second.log"; fail "the frozen mount"; }
 step "$(cat "$WORK/frozen.log")"
 
+step "an evicted client loses what it held and comes back by itself"
+sessions() { dfs status --clients --json | python3 -c 'import json, sys; [print(s["session"], s["leases"]) for s in json.load(sys.stdin)["sessions"] if s["client"].endswith(sys.argv[1])]' "$SECOND"; }
+ls -l "$SECOND/frozen" >/dev/null
+read -r session leases <<<"$(sessions)"
+((leases > 0)) || fail "no leases are shown"
+refused 1 'no session 999999' dfs client evict 999999 --cluster-key-file "$HOME_DIR/cluster.key"
+refused 1 'proof is wrong' dfs client evict "$session" --cluster-key-file /proc/version
+timeout 60 dfs client evict "$session" --cluster-key-file "$HOME_DIR/cluster.key" || fail "the session does not end"
+echo evicted >"$MNT/frozen/read"
+back() { [[ $(cat "$SECOND/frozen/read" 2>/dev/null) == evicted ]]; }
+wait_for 30 back || fail "the evicted client does not come back"
+read -r again _ <<<"$(sessions)"
+[[ $again != "$session" ]] || fail "the session is still the same"
+
 step "a killed mount's locks and leases are free after its session's life"
 echo old >"$MNT/held"
 flock "$SECOND/held" sleep 300 &

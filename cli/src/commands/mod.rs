@@ -2,6 +2,7 @@
 
 mod append;
 mod cat;
+mod client;
 mod df;
 mod get;
 mod ls;
@@ -79,6 +80,9 @@ enum Command {
     /// Show the chunk daemons
     #[command(subcommand)]
     Node(node::Command),
+    /// Manage the clients
+    #[command(subcommand)]
+    Client(client::Command),
     /// Make everything durable that was written through a mount
     Sync(sync::Args),
 }
@@ -127,6 +131,7 @@ pub async fn run(cli: Cli) -> Result {
         Command::Df(args) => df::run(&context, args).await,
         Command::Status(args) => status::run(&context, args).await,
         Command::Node(command) => node::run(&context, command).await,
+        Command::Client(command) => client::run(&context, command).await,
         Command::Sync(args) => sync::run(&context, args).await,
     }
 }

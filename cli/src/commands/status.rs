@@ -17,16 +17,16 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// The clients, too
-    #[arg(short, long)]
-    sessions: bool,
+    /// The clients, too: what they have open, their locks and leases
+    #[arg(short, long, visible_alias = "sessions", short_alias = 's')]
+    clients: bool,
     /// Say nothing but whether there is a leader and at least this many chunk daemons are up
     #[arg(long, value_name = "NODES")]
     ready: Option<usize>,
 }
 
 pub async fn run(context: &Context, args: Args) -> Result {
-    let status = ask(context, args.sessions).await?;
+    let status = ask(context, args.clients).await?;
     if let Some(wanted) = args.ready {
         let up = status.nodes.iter().filter(|node| node.state == "up").count();
         return if up >= wanted {
@@ -180,11 +180,12 @@ fn session_table(sessions: &[SessionStatus]) -> String {
                 session.host.clone(),
                 session.opens.to_string(),
                 session.locks.to_string(),
+                session.leases.to_string(),
                 format::ago(session.last_seen_ms),
             ]
         })
         .collect();
-    table(&[">SESSION", "CLIENT", "HOST", ">OPENS", ">LOCKS", "SEEN"], &rows)
+    table(&[">SESSION", "CLIENT", "HOST", ">OPENS", ">LOCKS", ">LEASES", "SEEN"], &rows)
 }
 
 fn to_json(status: &StatusReply) -> Value {
@@ -201,7 +202,8 @@ fn to_json(status: &StatusReply) -> Value {
         .iter()
         .map(|session| {
             json!({"session": session.session, "client": session.client, "host": session.host,
-                   "last_seen_ms": session.last_seen_ms, "opens": session.opens, "locks": session.locks})
+                   "last_seen_ms": session.last_seen_ms, "opens": session.opens, "locks": session.locks,
+                   "leases": session.leases})
         })
         .collect();
     json!({

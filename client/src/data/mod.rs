@@ -82,7 +82,7 @@ impl DataPlane {
             write_behind: config.write_behind,
         };
         let reader = Arc::new(Reader::new(
-            env.clone(),
+            &env,
             Arc::clone(&master),
             config.read_cache,
             config.readahead_bytes,

@@ -105,7 +105,7 @@ fn parts(ino: InodeNo, slice: &Slice, range: Range<u64>, whole: bool) -> impl It
 impl Reader {
     /// Must be called within a runtime: fetches run there, whoever reads.
     pub(crate) fn new(
-        env: Env,
+        env: &Env,
         master: Arc<dyn Master>,
         read_cache: u64,
         readahead: u64,

@@ -238,7 +238,7 @@ impl State {
                 Ok(_) => outcome.leaving.push(Leaving { ino, keep }),
                 // Nothing is held under it.
                 Err(Some(grant)) => {
-                    self.returned.push(LeaseReturn { ino: recall.ino, grant, ..LeaseReturn::default() })
+                    self.returned.push(LeaseReturn { ino: recall.ino, grant, ..LeaseReturn::default() });
                 }
                 Err(None) => {}
             }

@@ -281,9 +281,12 @@ impl Inner {
         self.cache.learn(ticket, attr);
         self.remains.keep(attr);
         let ino = InodeNo(attr.ino);
-        if attr.nlink == 0 && attr.kind == v1::Kind::File as i32 && !self.files.unlinked(ino) {
-            self.data.discard(ino);
-            self.surrender(ino);
+        if attr.nlink == 0 && !self.files.unlinked(ino) {
+            if attr.kind == v1::Kind::File as i32 {
+                self.data.discard(ino);
+            }
+            self.cache.leaving(ino);
+            self.session.leases().forget(ino);
         }
     }
 

@@ -417,6 +417,21 @@ impl Leases {
         (number, grants)
     }
 
+    /// A session and the master know both that a lease has ended: the inode lost its last name, and nobody has it open.
+    pub fn forget(&mut self, session: SessionId, ino: InodeNo, now: Duration) {
+        if self.lease(session, ino).is_some() {
+            self.end_lease(session, ino);
+            self.settle(ino, now);
+        }
+    }
+
+    fn end_lease(&mut self, session: SessionId, ino: InodeNo) {
+        self.drop_lease(session, ino);
+        if let Some(holder) = self.holders.get_mut(&session) {
+            holder.inos.remove(&ino);
+        }
+    }
+
     /// A session holds no more than `keep` of what it was given under this number. A later grant that it has not seen yet is
     /// not meant.
     pub fn returned(
@@ -439,12 +454,7 @@ impl Leases {
                     self.recalled.remove(&(session, ino));
                 }
             }
-            None => {
-                self.drop_lease(session, ino);
-                if let Some(holder) = self.holders.get_mut(&session) {
-                    holder.inos.remove(&ino);
-                }
-            }
+            None => self.end_lease(session, ino),
         }
         self.settle(ino, now);
     }

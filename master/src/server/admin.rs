@@ -5,14 +5,17 @@ use super::nodes::{Found, millis};
 use super::term::Term;
 use super::{Gone, Shared, store_failed};
 use crate::state;
-use dfs_proto::InodeNo;
 use dfs_proto::v1::{self, MasterStatus, NodeStatus, SessionStatus, StatusReply, StatusRequest};
+use dfs_proto::{InodeNo, SessionId};
 use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 use tonic::{Request, Response, Status};
 
 /// Orphans are counted up to here.
 const ORPHANS_MAX: usize = 100_000;
+
+/// How old a proof may be, in milliseconds.
+const PROOF_MS: u64 = 300_000;
 
 /// Answers `Admin`.
 pub struct AdminService {
@@ -40,6 +43,24 @@ impl v1::admin_server::Admin for AdminService {
             reply.sessions = sessions(&term);
         }
         Ok(Response::new(reply))
+    }
+
+    async fn evict(&self, request: Request<v1::EvictRequest>) -> Result<Response<v1::EvictReply>, Status> {
+        let v1::EvictRequest { session, now_ms, proof } = request.into_inner();
+        let (id, age) = (SessionId(session), self.shared.env.clock.system_ms().abs_diff(now_ms));
+        if !self.shared.key.verify_eviction(id, now_ms, &proof) {
+            return Err(Status::unauthenticated("the proof is wrong: another cluster key?"));
+        }
+        if age > PROOF_MS {
+            return Err(Status::unauthenticated("the proof is of another time: are the clocks set?"));
+        }
+        let not_here = |_| Status::unavailable("this master does not lead any more");
+        let term = self.shared.term().await.map_err(not_here)?;
+        self.shared.confirm().await.map_err(not_here)?;
+        if !term.memory().fence(id) {
+            return Err(Status::not_found(format!("there is no session {id}")));
+        }
+        Ok(Response::new(v1::EvictReply {}))
     }
 }
 

@@ -1,6 +1,7 @@
 //! A change on its way: it waits for its names and for the leases of others, is proposed, and lets go when it was applied.
 
 use super::connection::Link;
+use super::memory::Memory;
 use super::term::Term;
 use super::{Gone, store_failed};
 use crate::leases::names::Turn;
@@ -72,10 +73,12 @@ impl Change {
             memory.end_claim(claim, now);
         }
         let mut granted = Vec::new();
-        let mut grant = |ino: InodeNo, kind: Kind| {
-            if memory.leases.grant(self.link.session, ino, kind, self.seen) {
+        let mut grant = |memory: &mut Memory, ino: InodeNo, kind: Kind| {
+            let given = memory.leases.grant(self.link.session, ino, kind, self.seen);
+            if given {
                 granted.push(ino);
             }
+            given
         };
         let (attrs, failed) = match &answer.body {
             Some(Body::Entry(entry)) => ([entry.attr, None], false),
@@ -85,11 +88,17 @@ impl Change {
             _ => ([None, None], true),
         };
         for attr in attrs.into_iter().flatten().filter(|attr| attr.nlink > 0 || opened) {
-            let writes = opened && attr.kind() == v1::Kind::File;
-            grant(InodeNo(attr.ino), if writes { Kind::Write } else { Kind::Read });
+            let (ino, writes) = (InodeNo(attr.ino), opened && attr.kind() == v1::Kind::File);
+            let _ = (writes && grant(&mut memory, ino, Kind::Write)) || grant(&mut memory, ino, Kind::Read);
         }
-        if !failed {
-            self.parents.iter().for_each(|parent| grant(*parent, Kind::Read));
+        for ino in attrs.into_iter().flatten().filter(|attr| attr.nlink == 0).map(|attr| InodeNo(attr.ino)) {
+            // The client knows it from the answer.
+            if !memory.opens.is_open(ino) {
+                memory.leases.forget(self.link.session, ino, now);
+            }
+        }
+        for parent in self.parents.iter().filter(|_| !failed) {
+            grant(&mut memory, *parent, Kind::Read);
         }
         memory.dispatch();
         drop(memory);

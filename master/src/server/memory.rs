@@ -28,8 +28,8 @@ pub struct Session {
     /// It is being closed: nobody attaches it any more.
     pub closing: bool,
     pub attached: bool,
-    /// It did not give back a lease in time: it is not listened to any more, and expires when it cannot believe any longer
-    /// that it holds one.
+    /// It did not give back a lease in time, or is evicted: it is not listened to any more, and expires when it cannot believe
+    /// any longer that it holds one.
     pub fenced: bool,
     /// Leases to ask it for, and inodes to ask it about, when its stream sends next.
     recalls: Vec<Recall>,
@@ -140,13 +140,16 @@ impl Memory {
         }
     }
 
-    /// Nothing is taken from a session any more: it does not give back what others need.
-    pub fn fence(&mut self, id: SessionId) {
-        if let Some(session) = self.sessions.get_mut(&id).filter(|session| !session.fenced) {
+    /// Nothing is taken from a session any more; it ends when its client cannot believe any longer that it holds anything.
+    /// False: it is not there.
+    pub fn fence(&mut self, id: SessionId) -> bool {
+        let Some(session) = self.sessions.get_mut(&id) else { return false };
+        if !session.fenced {
             session.fenced = true;
             session.generation.send_modify(|generation| *generation += 1);
-            tracing::warn!(session = %id, client = session.row.client, "a session does not give a lease back: it is cut off");
+            tracing::warn!(session = %id, client = session.row.client, "a session is cut off");
         }
+        true
     }
 
     /// What a client says it holds replaces what the leader thought. True: that was the last one to be waited for.

@@ -108,7 +108,7 @@ impl Answer<ReplyEntry> {
             Ok(shown) => {
                 let ino = InodeNo(attr.ino);
                 fs.inodes.looked_up(ino, attr.kind() == Kind::Dir);
-                let attr_ttl = fs.ttl(ino);
+                let attr_ttl = fs.ttl(&attr);
                 let generation = Generation(attr.generation);
                 if !self.send(|reply| reply.entry_with_ttls(&attr_ttl, &ttl, &shown, generation)) {
                     fs.inodes.forget(ino, 1);
@@ -145,7 +145,7 @@ impl Answer<ReplyAttr> {
     pub fn attr(&self, fs: &Shared, attr: &Attr) {
         match fs.shown(attr) {
             Ok(shown) => {
-                let ttl = fs.ttl(InodeNo(attr.ino));
+                let ttl = fs.ttl(attr);
                 self.send(|reply| reply.attr(&ttl, &shown));
             }
             Err(error) => self.fail(&error),
@@ -183,9 +183,10 @@ impl Shared {
         }
     }
 
-    /// How long the kernel may believe the attributes that the client just gave.
-    pub fn ttl(&self, ino: InodeNo) -> Duration {
-        self.client.cached_attr(ino).map_or(Duration::ZERO, |(_, left)| left)
+    /// How long the kernel may believe attributes that the client gave: as long as it does itself, if it still does.
+    pub fn ttl(&self, attr: &Attr) -> Duration {
+        let known = self.client.cached_attr(InodeNo(attr.ino));
+        known.filter(|(now, _)| now.version == attr.version).map_or(Duration::ZERO, |(_, left)| left)
     }
 
     /// Attributes for the kernel.

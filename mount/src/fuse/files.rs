@@ -69,7 +69,7 @@ impl Shared {
                 let ino = InodeNo(made.attr.ino);
                 self.inodes.looked_up(ino, false);
                 // One time-out for both.
-                let ttl = self.ttl(ino).min(self.name_ttl(parent, &name));
+                let ttl = self.ttl(&made.attr).min(self.name_ttl(parent, &name));
                 let generation = Generation(made.attr.generation);
                 if !answer.send(|reply| reply.created(&ttl, &shown, generation, handle, how)) {
                     self.inodes.forget(ino, 1);

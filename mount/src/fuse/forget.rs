@@ -29,12 +29,15 @@ const HELD_UP: Duration = Duration::from_millis(50);
 /// How long a kernel without epochs believes a name.
 pub const NAME_TTL: Duration = Duration::from_secs(1);
 
-/// Writes that wait for something, by inode.
+/// By inode: the request's number and its range.
+type Waiting = HashMap<InodeNo, Vec<(u64, Range<u64>)>>;
+
+/// Writes that wait for something.
 #[derive(Default)]
-pub struct Writes(Mutex<HashMap<InodeNo, Vec<(u64, Range<u64>)>>>);
+pub struct Writes(Mutex<Waiting>);
 
 impl Writes {
-    fn lock(&self) -> MutexGuard<'_, HashMap<InodeNo, Vec<(u64, Range<u64>)>>> {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
         // Every change is a single step: a poisoned map is whole.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
