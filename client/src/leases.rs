@@ -135,7 +135,7 @@ impl Leases {
     }
 
     /// A lease was granted. Answers one that is to be given up for it, if there are too many.
-    pub fn granted(&self, ino: InodeNo, kind: Kind, grant: u64) -> Option<InodeNo> {
+    pub fn granted(&self, ino: InodeNo, kind: Kind, grant: u64) -> Option<(InodeNo, Kind)> {
         let term = Term(self.next_term.fetch_add(1, Ordering::Relaxed));
         let mut shard = self.shard(ino);
         match shard.get_mut(&ino) {
@@ -149,8 +149,9 @@ impl Leases {
             return None;
         }
         let idle = shard.iter().rev().find(|(_, held)| held.leaving.is_none()).map(|(ino, _)| *ino)?;
-        shard.peek_mut(&idle)?.leaving = Some(None);
-        Some(idle)
+        let held = shard.peek_mut(&idle)?;
+        held.leaving = Some(None);
+        Some((idle, held.kind))
     }
 
     /// The term under which something that is learned of an inode now may be kept, and believed until it ends.
@@ -221,9 +222,13 @@ impl Leases {
         }
     }
 
-    /// The master and this client know both that a lease has ended: the inode lost its last name, and nobody has it open.
+    /// The master and this client know both that a lease has ended: the inode lost its last name, and nobody has it open. One
+    /// that the master has asked for is given back all the same: it waits for that.
     pub fn forget(&self, ino: InodeNo) {
-        self.shard(ino).pop(&ino);
+        let mut shard = self.shard(ino);
+        if shard.peek(&ino).is_some_and(|held| held.leaving.is_none()) {
+            shard.pop(&ino);
+        }
     }
 
     /// A lease that nobody asks for is to be given up. False: there is none, or it is being given up already.
@@ -363,6 +368,13 @@ mod tests {
         assert_eq!(leases.left_behind(INO, Some(Kind::Read)), None);
         assert_eq!(leases.left_behind(INO, None), Some(2));
         assert_eq!((leases.left_behind(INO, None), leases.count()), (None, 0));
+        leases.granted(INO, Kind::Read, 5);
+        assert_eq!(leases.recalled(INO, 5, None), Ok(Kind::Read));
+        leases.forget(INO);
+        assert_eq!(leases.left_behind(INO, None), Some(5), "the master waits for it");
+        leases.granted(INO, Kind::Read, 6);
+        leases.forget(INO);
+        assert_eq!(leases.count(), 0);
         leases.granted(INO, Kind::Write, 3);
         clock.pass(Duration::from_secs(18));
         assert_eq!(
@@ -387,7 +399,7 @@ mod tests {
             (None, None)
         );
         assert!(leases.term(ino(1)).is_some());
-        assert_eq!(leases.granted(ino(3), Kind::Read, 1), Some(ino(2)));
+        assert_eq!(leases.granted(ino(3), Kind::Read, 1), Some((ino(2), Kind::Write)));
         assert_eq!(leases.kind(ino(2)), None);
         assert_eq!(leases.left_behind(ino(2), None), Some(1));
         let mut asserted = leases.assert();

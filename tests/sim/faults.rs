@@ -43,6 +43,9 @@ pub struct Plan {
     clients: Vec<String>,
     next: Duration,
     turn: usize,
+    /// The longest pause, in milliseconds.
+    longest: u64,
+    clients_first: bool,
     fired: BTreeMap<&'static str, u64>,
 }
 
@@ -57,8 +60,15 @@ impl Plan {
             clients,
             next,
             turn: 0,
+            longest: 3_000,
+            clients_first: false,
             fired: BTreeMap::new(),
         }
+    }
+
+    /// Faults of clients at work together: some last longer than a session lives, and clients are cut off more often.
+    pub fn among(seed: u64, masters: &[String], chunkds: &[String], clients: &[String]) -> Self {
+        Self { longest: 9_000, clients_first: true, ..Self::new(seed, masters, chunkds, clients) }
     }
 
     /// The fault that begins now, if one does.
@@ -66,7 +76,7 @@ impl Plan {
         if now < self.next {
             return None;
         }
-        let pause = Duration::from_millis(self.random.random_range(200..3_000));
+        let pause = Duration::from_millis(self.random.random_range(200..self.longest));
         self.next = now + pause + Duration::from_millis(self.random.random_range(1_000..5_000));
         // Kinds take turns from a random start, so that a short run has them all.
         if self.turn == 0 {
@@ -90,6 +100,10 @@ impl Plan {
     }
 
     fn pair(&mut self) -> (String, String) {
+        if self.clients_first && self.random.random_range(0..3) < 2 {
+            let one = Self::one(&mut self.random, &self.clients);
+            return (Self::one(&mut self.random, &self.masters), one);
+        }
         let servers = if self.random.next_u32().is_multiple_of(2) { &self.masters } else { &self.chunkds };
         let a = Self::one(&mut self.random, servers);
         let everybody: Vec<String> = self

@@ -9,6 +9,8 @@ mod chunks;
 mod disk;
 mod env;
 mod faults;
+mod linear;
+mod shared;
 mod workload;
 mod world;
 
@@ -57,4 +59,20 @@ fn no_seed_breaks_an_invariant() {
     assert!(few || losses.writes_lost > 0, "no crash ever lost a write: {losses:?}");
     assert!(few || losses.writes_torn > 0, "no crash ever tore a write: {losses:?}");
     assert!(few || losses.names_lost > 0, "no crash ever lost a name: {losses:?}");
+}
+
+#[test]
+fn histories_of_shared_names_and_files_are_linearizable() {
+    let first = number("DFS_SIM_FIRST_SEED").unwrap_or(1);
+    let seeds = match number("DFS_SIM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => first..first + number("DFS_SIM_SEEDS").unwrap_or(SEEDS),
+    };
+    for seed in seeds {
+        let report = shared::run(seed).unwrap_or_else(|violation| {
+            panic!("{violation}\nrepeat: DFS_SIM_SEED={seed} cargo test -p dfs-tests --test sim shared")
+        });
+        assert!(report.operations > 100, "seed {seed}: only {} operations ended", report.operations);
+        println!("seed {seed}: {} operations, {:?}", report.operations, report.faults);
+    }
 }

@@ -24,10 +24,11 @@ const CHUNKD_PORT: u16 = 7200;
 /// Small chunks, so that many are sealed in a short run; larger than a record, so that crashes find some in the middle.
 const CHUNK_SIZE: u64 = 3 << 19;
 /// Faults stop here; what follows must be quiet and whole.
-const FAULTS_END: Duration = Duration::from_secs(25);
+pub const FAULTS_END: Duration = Duration::from_secs(25);
 /// How long a crash of a chunk daemon waits for unsynced writes on its disk.
 const AMBUSH: Duration = Duration::from_secs(4);
 const THINK: Duration = Duration::from_millis(15);
+const SESSION_TTL: Duration = Duration::from_secs(20);
 const RUN_END: Duration = Duration::from_secs(240);
 
 /// What one seed did.
@@ -39,7 +40,7 @@ pub struct Report {
     pub losses: Losses,
 }
 
-struct Machine {
+pub struct Machine {
     host: String,
     disk: SimDisk,
 }
@@ -59,40 +60,30 @@ fn key() -> ClusterKey {
     ClusterKey::new(KEY).expect("long enough")
 }
 
-fn masters() -> Vec<String> {
+pub fn masters() -> Vec<String> {
     (1..=MASTERS).map(|id| format!("master-{id}")).collect()
 }
 
-fn addresses() -> Vec<String> {
+pub fn addresses() -> Vec<String> {
     masters().iter().map(|host| format!("{host}:{MASTER_PORT}")).collect()
 }
 
 /// Runs one seed to its end.
 pub fn run(seed: u64) -> Result<Report, Violation> {
-    let mut sim = turmoil::Builder::new()
-        .rng_seed(seed)
-        .enable_random_order()
-        .tick_duration(Duration::from_millis(1))
-        .simulation_duration(RUN_END)
-        .min_message_latency(Duration::from_micros(100))
-        .max_message_latency(Duration::from_millis(5))
-        .tcp_capacity(1 << 16)
-        .build();
+    let mut sim = network(seed);
     let storages: Vec<Arc<SimStorage>> = (0..MASTERS).map(|_| SimStorage::new()).collect();
     for id in 1..=MASTERS {
         let storage = Arc::clone(&storages[usize::try_from(id - 1).expect("small")]);
-        start_master(&mut sim, id, storage, seed);
+        start_master(&mut sim, id, storage, seed, SESSION_TTL);
     }
-    let machines: Vec<Machine> = (1..=CHUNKDS).map(|id| start_chunkd(&mut sim, id, seed)).collect();
+    let machines = start_chunkds(&mut sim, seed);
     let progress = Arc::new(Mutex::new(Progress::default()));
     for id in 1..=CLIENTS {
         start_client(&mut sim, id, seed, Arc::clone(&progress));
     }
-    let chunkds: Vec<String> = machines.iter().map(|machine| machine.host.clone()).collect();
     let clients: Vec<String> = (1..=CLIENTS).map(|id| format!("client-{id}")).collect();
-    let mut plan = Plan::new(seed, &masters(), &chunkds, &clients);
-    let mut watch =
-        Watch::new(storages, machines.iter().map(|machine| (machine.host.clone(), machine.disk.clone())));
+    let mut plan = Plan::new(seed, &masters(), &hosts(&machines), &clients);
+    let mut watch = Watch::new(storages, disks(&machines));
     let losses = drive(&mut sim, &mut plan, &machines, &mut watch, seed)?;
     let progress = progress.lock().expect("one thread");
     watch.at_end(&progress.acknowledged)?;
@@ -104,8 +95,41 @@ pub fn run(seed: u64) -> Result<Report, Violation> {
     })
 }
 
+/// The network, and the order of everything, from a seed.
+pub fn network<'a>(seed: u64) -> turmoil::Sim<'a> {
+    turmoil::Builder::new()
+        .rng_seed(seed)
+        .enable_random_order()
+        .tick_duration(Duration::from_millis(1))
+        .simulation_duration(RUN_END)
+        .min_message_latency(Duration::from_micros(100))
+        .max_message_latency(Duration::from_millis(5))
+        .tcp_capacity(1 << 16)
+        .build()
+}
+
+/// The names of machines.
+pub fn hosts(machines: &[Machine]) -> Vec<String> {
+    machines.iter().map(|machine| machine.host.clone()).collect()
+}
+
+/// Their disks.
+pub fn disks(machines: &[Machine]) -> impl Iterator<Item = (String, SimDisk)> {
+    machines.iter().map(|machine| (machine.host.clone(), machine.disk.clone()))
+}
+
+/// What the world is to a client.
+pub fn client_env(id: u64, seed: u64) -> dfs_env::Env {
+    env(&SimDisk::default(), seed ^ (id << 24))
+}
+
+/// All chunk daemons.
+pub fn start_chunkds(sim: &mut turmoil::Sim<'_>, seed: u64) -> Vec<Machine> {
+    (1..=CHUNKDS).map(|id| start_chunkd(sim, id, seed)).collect()
+}
+
 /// Steps the world until every client is done, bringing faults and healing them, and checking as it goes.
-fn drive(
+pub fn drive(
     sim: &mut turmoil::Sim<'_>,
     plan: &mut Plan,
     machines: &[Machine],
@@ -185,7 +209,14 @@ fn heal(sim: &mut turmoil::Sim<'_>, fault: &Fault) {
     }
 }
 
-fn start_master(sim: &mut turmoil::Sim<'_>, id: u64, storage: Arc<SimStorage>, seed: u64) {
+/// One master.
+pub fn start_master(
+    sim: &mut turmoil::Sim<'_>,
+    id: u64,
+    storage: Arc<SimStorage>,
+    seed: u64,
+    session_ttl: Duration,
+) {
     let env = env(&SimDisk::default(), seed ^ (id << 8));
     sim.host(format!("master-{id}"), move || {
         let (env, storage) = (env.clone(), Arc::clone(&storage));
@@ -196,6 +227,7 @@ fn start_master(sim: &mut turmoil::Sim<'_>, id: u64, storage: Arc<SimStorage>, s
             config.chunk_size = CHUNK_SIZE;
             // Snapshots and purges must happen within a short run.
             config.snapshot_every_entries = 200;
+            config.session_ttl_ms = u64::try_from(session_ttl.as_millis()).expect("short");
             config.raft_heartbeat_ms = 100;
             config.raft_election_ms = 500;
             config.storage = Storage::Sim(storage);
@@ -234,7 +266,7 @@ fn start_chunkd(sim: &mut turmoil::Sim<'_>, id: u64, seed: u64) -> Machine {
 }
 
 fn start_client(sim: &mut turmoil::Sim<'_>, id: u64, seed: u64, progress: Arc<Mutex<Progress>>) {
-    let env = env(&SimDisk::default(), seed ^ (id << 24));
+    let env = client_env(id, seed);
     sim.client(format!("client-{id}"), async move {
         let config = ClientConfig {
             name: format!("client-{id}"),
@@ -257,11 +289,10 @@ fn start_client(sim: &mut turmoil::Sim<'_>, id: u64, seed: u64, progress: Arc<Mu
             progress.models.push((name, workload.into_model()));
             progress.finished += 1;
         }
-        // Both clients are done and what they may believe for a second has passed: each must see what the other did.
+        // Both clients are done: each must see what the other did.
         while progress.lock().expect("one thread").finished < CLIENTS {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        tokio::time::sleep(Duration::from_millis(1_100)).await;
         let models = progress.lock().expect("one thread").models.clone();
         for (name, model) in &models {
             verify_dir(&client, name, model)

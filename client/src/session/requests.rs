@@ -63,6 +63,8 @@ pub enum Wanted {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leaving {
     pub ino: InodeNo,
+    /// What is held.
+    pub held: Kind,
     pub keep: Option<Kind>,
 }
 
@@ -228,14 +230,14 @@ impl State {
             for (kind, inos) in [(Kind::Read, &reply.read_leases), (Kind::Write, &reply.write_leases)] {
                 let surplus =
                     inos.iter().filter_map(|ino| self.leases.granted(InodeNo(*ino), kind, reply.grant));
-                outcome.leaving.extend(surplus.map(|ino| Leaving { ino, keep: None }));
+                outcome.leaving.extend(surplus.map(|(ino, held)| Leaving { ino, held, keep: None }));
             }
         }
         self.answered(frame.replies, &mut outcome);
         for recall in frame.recalls {
             let (ino, keep) = (InodeNo(recall.ino), Kind::from_proto(recall.keep()));
             match self.leases.recalled(ino, recall.grant, keep) {
-                Ok(_) => outcome.leaving.push(Leaving { ino, keep }),
+                Ok(held) => outcome.leaving.push(Leaving { ino, held, keep }),
                 // Nothing is held under it.
                 Err(Some(grant)) => {
                     self.returned.push(LeaseReturn { ino: recall.ino, grant, ..LeaseReturn::default() });
@@ -480,7 +482,7 @@ impl State {
             .collect();
         let mut outcome = Outcome::default();
         let ended = self.leases.end();
-        outcome.leaving.extend(ended.into_iter().map(|(ino, _)| Leaving { ino, keep: None }));
+        outcome.leaving.extend(ended.into_iter().map(|(ino, held)| Leaving { ino, held, keep: None }));
         for seq in unknown {
             let Some(mut pending) = self.remove(seq, &mut outcome.freed) else { continue };
             if let Some(reply) = pending.reply.take() {

@@ -263,7 +263,7 @@ fn leases_count_before_their_answers_and_are_given_back_under_their_numbers() {
         recalls: vec![recall, recall, unknown],
         ..MasterFrame::default()
     });
-    assert_eq!(outcome.leaving, [Leaving { ino: InodeNo(5), keep: None }]);
+    assert_eq!(outcome.leaving, [Leaving { ino: InodeNo(5), held: Kind::Read, keep: None }]);
     done(outcome);
     assert!(receiver.try_recv().is_ok());
     assert_eq!((state.leases.kind(InodeNo(5)), state.leases.kind(InodeNo(6))), (None, Some(Kind::Read)));
@@ -273,7 +273,7 @@ fn leases_count_before_their_answers_and_are_given_back_under_their_numbers() {
     assert_eq!(state.frame(NOW).expect("given back").returned, [returned(5, 4)]);
     let hello = state.hello("n", "h", NOW);
     assert_eq!((hello.read_leases, hello.takes_leases), (vec![6], true));
-    assert_eq!(state.expired(8).leaving, [Leaving { ino: InodeNo(6), keep: None }]);
+    assert_eq!(state.expired(8).leaving, [Leaving { ino: InodeNo(6), held: Kind::Read, keep: None }]);
     assert!(state.hello("n", "h", NOW).read_leases.is_empty());
 }
 

@@ -51,6 +51,7 @@ impl Listener for MemListener {
 }
 
 /// What a master's script may do with a frame.
+#[allow(clippy::large_enum_variant, reason = "nearly all of them are frames")]
 enum Act {
     Send(MasterFrame),
     /// Ends the stream.

@@ -2,6 +2,7 @@
 //! master is told. And taking write leases.
 
 use super::{Client, Inner, own_cred, unexpected};
+use crate::leases::Kind;
 use crate::session::{Leaving, Wanted};
 use dfs_proto::v1::{self, LeaseKind, answer, hold};
 use dfs_proto::{FsResult, InodeNo};
@@ -62,13 +63,16 @@ pub(super) async fn run(inner: Weak<Inner>, mut wanted: mpsc::UnboundedReceiver<
 
 impl Inner {
     async fn leave(&self, leaving: Leaving) {
-        let Leaving { ino, keep } = leaving;
+        let Leaving { ino, held, keep } = leaving;
         if self.data.dirty(ino).is_none() {
             // If the lease was lost with its session, nothing of it was.
             let _nothing = self.session.leases().take_lost(ino);
         }
-        // No new bytes are kept from the moment of the recall on.
-        if let Err(error) = self.flush_if_dirty(ino).await {
+        // No new bytes are kept from the moment of the recall on. Under a read lease none are: what is on its way then may
+        // itself wait for somebody else who waits for this lease.
+        if held == Kind::Write
+            && let Err(error) = self.flush_if_dirty(ino).await
+        {
             tracing::error!(%ino, %error, "bytes could not be written when somebody else wanted the file: they are lost");
         }
         if keep.is_none() {
