@@ -5,6 +5,7 @@
 //! time-outs go through `tokio::time`, which the simulator drives.
 
 pub mod clock;
+pub mod defect;
 pub mod disk;
 pub mod memory;
 pub mod net;

@@ -13,6 +13,8 @@ pub enum Fault {
     Partition { a: String, b: String, pause: Duration },
     /// Messages between two machines get lost at random for a while.
     Loss { a: String, b: String, pause: Duration },
+    /// A master stops while one client hears none of the others: a new leader does not learn what that client holds.
+    Failover { host: String, others: Vec<String>, client: String, pause: Duration },
 }
 
 impl Fault {
@@ -23,13 +25,17 @@ impl Fault {
             Self::Crash { .. } => "crash of a chunk daemon",
             Self::Partition { .. } => "partition",
             Self::Loss { .. } => "message loss",
+            Self::Failover { .. } => "failover behind a client's back",
         }
     }
 
     /// How long it lasts.
     pub fn pause(&self) -> Duration {
         match self {
-            Self::Crash { pause, .. } | Self::Partition { pause, .. } | Self::Loss { pause, .. } => *pause,
+            Self::Crash { pause, .. }
+            | Self::Partition { pause, .. }
+            | Self::Loss { pause, .. }
+            | Self::Failover { pause, .. } => *pause,
         }
     }
 }
@@ -79,13 +85,20 @@ impl Plan {
         let pause = Duration::from_millis(self.random.random_range(200..self.longest));
         self.next = now + pause + Duration::from_millis(self.random.random_range(1_000..5_000));
         // Kinds take turns from a random start, so that a short run has them all.
+        let kinds = if self.clients_first { 5 } else { 4 };
         if self.turn == 0 {
-            self.turn = self.random.random_range(0..4);
+            self.turn = self.random.random_range(0..kinds);
         }
         self.turn += 1;
-        let fault = match self.turn % 4 {
+        let fault = match self.turn % kinds {
             0 => Fault::Crash { host: Self::one(&mut self.random, &self.masters), pause },
             1 => Fault::Crash { host: Self::one(&mut self.random, &self.chunkds), pause },
+            4 => {
+                let (host, client) =
+                    (Self::one(&mut self.random, &self.masters), Self::one(&mut self.random, &self.clients));
+                let others = self.masters.iter().filter(|other| **other != host).cloned().collect();
+                Fault::Failover { host, others, client, pause }
+            }
             kind => {
                 let (a, b) = self.pair();
                 if kind == 2 { Fault::Partition { a, b, pause } } else { Fault::Loss { a, b, pause } }

@@ -14,11 +14,14 @@ mod shared;
 mod workload;
 mod world;
 
+use dfs_env::defect::{self, Defect};
 use disk::Losses;
 use std::collections::BTreeMap;
 
 /// How many seeds run when nothing is said.
 const SEEDS: u64 = 10;
+/// How many seeds a deliberate defect may take to be noticed.
+const DEFECT_SEEDS: u64 = 20;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name)
@@ -74,5 +77,19 @@ fn histories_of_shared_names_and_files_are_linearizable() {
         });
         assert!(report.operations > 100, "seed {seed}: only {} operations ended", report.operations);
         println!("seed {seed}: {} operations, {:?}", report.operations, report.faults);
+    }
+}
+
+/// The checker is worth something: with each of these defects some seed's history is none that could have happened.
+#[test]
+fn defects_of_leases_are_noticed() {
+    for defect in [Defect::LateInvalidation, Defect::NoGrace, Defect::GrantedTwice] {
+        defect::set(Some(defect));
+        let noticed = (1..=DEFECT_SEEDS).find_map(|seed| shared::run(seed).err().map(|why| (seed, why)));
+        defect::set(None);
+        let (seed, why) =
+            noticed.unwrap_or_else(|| panic!("{defect:?} was not noticed by {DEFECT_SEEDS} seeds"));
+        assert!(why.contains("no order"), "{defect:?}, seed {seed}: {why}");
+        println!("{defect:?} was noticed by seed {seed}");
     }
 }

@@ -26,6 +26,8 @@ const THINK: Duration = Duration::from_millis(20);
 const TTL: Duration = Duration::from_secs(4);
 /// How long an operation may take before its client gives it up.
 const PATIENCE: Duration = Duration::from_secs(12);
+/// The same for one that changes nothing: nothing is unknown when it is given up.
+const READ_PATIENCE: Duration = Duration::from_millis(300);
 
 // ---- the objects ----
 
@@ -158,6 +160,8 @@ struct Worker {
     histories: Arc<Mutex<Histories>>,
     /// Writes are flushed before they count: those that are not may be lost with a session, and that is told later.
     flush: bool,
+    /// Reads go on while changes wait for a cluster that does not answer.
+    only_reads: bool,
 }
 
 fn now() -> Duration {
@@ -194,7 +198,7 @@ impl Worker {
     async fn dir_step(&mut self) {
         let (one, other) = (self.random.random_range(0..NAMES), self.random.random_range(0..NAMES - 1));
         let other = if other >= one { other + 1 } else { other };
-        let op = match self.random.random_range(0..10) {
+        let op = match self.random.random_range(if self.only_reads { 5..10 } else { 0..10 }) {
             0..3 => DirOp::Make(one, u32::try_from(self.fresh()).expect("few")),
             3 => DirOp::Remove(one),
             4 => DirOp::Rename(one, other),
@@ -202,9 +206,10 @@ impl Worker {
             _ => DirOp::List,
         };
         let called = now();
-        let ended = tokio::time::timeout(PATIENCE, self.dir_op(&op)).await;
-        let result = seen(ended).map(|result| result.unwrap_or(DirResult::Refused));
         let reads = matches!(op, DirOp::Look(_) | DirOp::List);
+        let patience = if reads { READ_PATIENCE } else { PATIENCE };
+        let ended = tokio::time::timeout(patience, self.dir_op(&op)).await;
+        let result = seen(ended).map(|result| result.unwrap_or(DirResult::Refused));
         let mut histories = self.histories.lock().expect("one thread");
         histories.done += u64::from(result.is_some());
         let returned = result.map(|result| (now(), result));
@@ -251,7 +256,7 @@ impl Worker {
 
     async fn file_step(&mut self) {
         let which = self.random.random_range(0..FILES);
-        let op = match self.random.random_range(0..10) {
+        let op = match self.random.random_range(if self.only_reads { 6..10 } else { 0..10 }) {
             0..4 => FileOp::Write(self.random.random_range(0..SLOTS), self.fresh()),
             4 => FileOp::Truncate(self.random.random_range(0..=SLOTS)),
             5 => FileOp::Chmod([0o600, 0o644, 0o640][self.random.random_range(0..3)]),
@@ -259,9 +264,10 @@ impl Worker {
             _ => FileOp::Stat,
         };
         let called = now();
-        let ended = tokio::time::timeout(PATIENCE, self.file_op(which, &op)).await;
-        let result = seen(ended).and_then(Result::ok);
         let reads = matches!(op, FileOp::Read | FileOp::Stat);
+        let patience = if reads { READ_PATIENCE } else { PATIENCE };
+        let ended = tokio::time::timeout(patience, self.file_op(which, &op)).await;
+        let result = seen(ended).and_then(Result::ok);
         let mut histories = self.histories.lock().expect("one thread");
         histories.done += u64::from(result.is_some());
         let returned = result.map(|result| (now(), result));
@@ -281,7 +287,8 @@ impl Worker {
                 Ok(FileResult::Done)
             }
             FileOp::Truncate(size) => {
-                let set = SetAttr { ino: file.ino.get(), size: Some((size * SLOT) as u64), ..SetAttr::default() };
+                let set =
+                    SetAttr { ino: file.ino.get(), size: Some((size * SLOT) as u64), ..SetAttr::default() };
                 client.setattr(cred, set).await.map(|_| FileResult::Done)
             }
             FileOp::Chmod(mode) => {
@@ -360,26 +367,39 @@ fn start_client(
         let dir = shared(&client, &cred, InodeNo::ROOT, b"shared", Kind::Dir).await?;
         let mut files = Vec::new();
         for which in 0..FILES {
-            let ino = shared(&client, &cred, InodeNo::ROOT, format!("f{which}").as_bytes(), Kind::File).await?;
+            let ino =
+                shared(&client, &cred, InodeNo::ROOT, format!("f{which}").as_bytes(), Kind::File).await?;
             let flags = OpenFlags { read: true, write: true, ..OpenFlags::default() };
             files.push(client.open(&cred, ino, flags).await?);
         }
-        let random = SmallRng::seed_from_u64(seed ^ (id << 40));
-        let flush = seed.is_multiple_of(2);
-        let mut worker = Worker { number: id, client, cred, dir, files, random, histories, flush };
-        while now() < world::FAULTS_END + Duration::from_secs(5) {
-            worker.step().await;
-            let pause = THINK * (worker.random.next_u32() % 4);
-            tokio::time::sleep(pause).await;
-        }
-        worker.histories.lock().expect("one thread").finished += 1;
+        let worker = |only_reads: bool| Worker {
+            number: id,
+            client: client.clone(),
+            cred: cred.clone(),
+            dir,
+            files: files.clone(),
+            random: SmallRng::seed_from_u64(seed ^ (id << 40) ^ u64::from(only_reads)),
+            histories: Arc::clone(&histories),
+            flush: seed.is_multiple_of(2),
+            only_reads,
+        };
+        tokio::join!(work(worker(false)), work(worker(true)));
+        histories.lock().expect("one thread").finished += 1;
         // Nobody leaves while others work: a session that ends says nothing about leases.
-        while worker.histories.lock().expect("one thread").finished < clients {
+        while histories.lock().expect("one thread").finished < clients {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         tokio::time::sleep(Duration::from_secs(3)).await;
         Ok(())
     });
+}
+
+async fn work(mut worker: Worker) {
+    while now() < world::FAULTS_END + Duration::from_secs(5) {
+        worker.step().await;
+        let pause = THINK * (worker.random.next_u32() % 4);
+        tokio::time::sleep(pause).await;
+    }
 }
 
 /// What all clients share: whoever comes first makes it.

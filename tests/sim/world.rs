@@ -180,7 +180,7 @@ fn hurts(fault: &Fault, machines: &[Machine]) -> bool {
         Fault::Crash { host, .. } => {
             machines.iter().find(|m| m.host == *host).is_none_or(|m| m.disk.is_dirty())
         }
-        Fault::Partition { .. } | Fault::Loss { .. } => true,
+        Fault::Partition { .. } | Fault::Loss { .. } | Fault::Failover { .. } => true,
     }
 }
 
@@ -194,6 +194,10 @@ fn strike(sim: &mut turmoil::Sim<'_>, fault: &Fault, machines: &[Machine], seed:
         }
         Fault::Partition { a, b, .. } => sim.partition(a.as_str(), b.as_str()),
         Fault::Loss { a, b, .. } => sim.set_link_fail_rate(a.as_str(), b.as_str(), 0.3),
+        Fault::Failover { host, others, client, .. } => {
+            sim.crash(host.as_str());
+            others.iter().for_each(|other| sim.partition(client.as_str(), other.as_str()));
+        }
     }
     Losses::default()
 }
@@ -205,6 +209,10 @@ fn heal(sim: &mut turmoil::Sim<'_>, fault: &Fault) {
         Fault::Loss { a, b, .. } => {
             sim.set_link_fail_rate(a.as_str(), b.as_str(), 0.0);
             sim.repair(a.as_str(), b.as_str());
+        }
+        Fault::Failover { host, others, client, .. } => {
+            others.iter().for_each(|other| sim.repair(client.as_str(), other.as_str()));
+            sim.bounce(host.as_str());
         }
     }
 }

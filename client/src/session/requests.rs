@@ -16,6 +16,7 @@
 
 use super::held::Held;
 use crate::leases::{Kind, Leases};
+use dfs_env::defect::{self, Defect};
 use dfs_proto::v1::{
     self, Answer, CancelLock, ClientFrame, Cred, ErrorCode, Goodbye, Hello, LeaseReturn, MasterFrame, Reply,
     Request, answer::Body, hold, mutation, request,
@@ -236,6 +237,11 @@ impl State {
         self.answered(frame.replies, &mut outcome);
         for recall in frame.recalls {
             let (ino, keep) = (InodeNo(recall.ino), Kind::from_proto(recall.keep()));
+            if defect::has(Defect::LateInvalidation) {
+                self.returned.push(LeaseReturn { ino: recall.ino, grant: recall.grant, keep: recall.keep });
+                outcome.leaving.push(Leaving { ino, held: Kind::Read, keep });
+                continue;
+            }
             match self.leases.recalled(ino, recall.grant, keep) {
                 Ok(held) => outcome.leaving.push(Leaving { ino, held, keep }),
                 // Nothing is held under it.

@@ -4,6 +4,7 @@
 use super::{Client, Inner, own_cred, unexpected};
 use crate::leases::Kind;
 use crate::session::{Leaving, Wanted};
+use dfs_env::defect::{self, Defect};
 use dfs_proto::v1::{self, LeaseKind, answer, hold};
 use dfs_proto::{FsResult, InodeNo};
 use futures::future::BoxFuture;
@@ -64,6 +65,11 @@ pub(super) async fn run(inner: Weak<Inner>, mut wanted: mpsc::UnboundedReceiver<
 impl Inner {
     async fn leave(&self, leaving: Leaving) {
         let Leaving { ino, held, keep } = leaving;
+        if defect::has(Defect::LateInvalidation) {
+            tokio::time::sleep(TICK / 10).await;
+            self.cache.leaving(ino);
+            return self.session.leases().forget(ino);
+        }
         if self.data.dirty(ino).is_none() {
             // If the lease was lost with its session, nothing of it was.
             let _nothing = self.session.leases().take_lost(ino);
