@@ -20,9 +20,12 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::sync::Notify;
 
 /// Locks that leases of different inodes share.
 const SHARDS: usize = 16;
+/// How long a lease is kept for whoever waited for it.
+const USE: Duration = Duration::from_millis(20);
 /// How long before the master may give a session up its client does.
 const MARGIN: Duration = Duration::from_millis(limits::LEASE_MARGIN_MS);
 
@@ -74,8 +77,19 @@ struct Held {
     term: Term,
     /// The inode's version when it was last seen under it.
     version: u64,
+    /// Somebody here has waited for it and has not used it yet: so long it is not given up, if that is wanted (and how far).
+    /// Else two clients would hand it to each other for ever.
+    reserved: bool,
+    wanted: Option<Option<Kind>>,
     /// It is being given up, down to this.
     leaving: Option<Option<Kind>>,
+}
+
+impl Held {
+    fn leave(&mut self, keep: Option<Kind>) {
+        self.reserved = false;
+        self.leaving = Some(self.leaving.map_or(keep, |leaving| leaving.min(keep)));
+    }
 }
 
 /// Inodes on which leases are asserted.
@@ -97,6 +111,8 @@ pub struct Leases {
     /// Write leases that ended with their session, and the version that the inode had then: what was kept under them may be
     /// committed later only if nobody else has changed the inode since.
     lost: Mutex<HashMap<InodeNo, u64>>,
+    /// A reserved lease was used.
+    used: Notify,
 }
 
 impl Leases {
@@ -110,6 +126,7 @@ impl Leases {
             next_term: AtomicU64::new(1),
             deadline: AtomicU64::new(0),
             lost: Mutex::default(),
+            used: Notify::new(),
         }
     }
 
@@ -142,7 +159,8 @@ impl Leases {
             // One lease goes on as another: what was learned under it is as good as before.
             Some(held) => (held.kind, held.grant) = (kind, grant),
             None => {
-                shard.put(ino, Held { kind, grant, term, version: 0, leaving: None });
+                let held = Held { kind, grant, term, version: 0, reserved: false, wanted: None, leaving: None };
+                shard.put(ino, held);
             }
         }
         if shard.len() <= self.most {
@@ -198,12 +216,51 @@ impl Leases {
     /// the lease does not end; it must not look at leases itself.
     pub fn writing<T>(&self, ino: InodeNo, term: Option<Term>, act: impl FnOnce() -> T) -> Option<T> {
         let mut shard = self.shard(ino);
-        let held = shard.get(&ino)?;
+        let held = shard.get_mut(&ino)?;
         let another = term.is_some_and(|term| term != held.term);
         if another || held.kind != Kind::Write || held.leaving.is_some() || self.left().is_zero() {
             return None;
         }
-        Some(act())
+        let done = act();
+        if std::mem::take(&mut held.reserved) && held.wanted.is_some() {
+            self.used.notify_waiters();
+        }
+        Some(done)
+    }
+
+    /// Somebody here has waited for this lease, and is about to be told that he has it.
+    pub fn reserve(&self, ino: InodeNo) {
+        if let Some(held) = self.shard(ino).peek_mut(&ino) {
+            held.reserved = true;
+        }
+    }
+
+    /// A lease that was recalled is to be given up now, or when whoever waited for it has used it. Answers the kind that is
+    /// held; None: nothing any more.
+    pub async fn depart(&self, ino: InodeNo) -> Option<Kind> {
+        let used = async {
+            loop {
+                let used = self.used.notified();
+                if !self.shard(ino).peek(&ino).is_some_and(|held| held.reserved && held.wanted.is_some()) {
+                    return;
+                }
+                used.await;
+            }
+        };
+        // Whoever does not use it has given up himself.
+        let _in_time = tokio::time::timeout(USE, used).await;
+        let mut shard = self.shard(ino);
+        let held = shard.peek_mut(&ino)?;
+        if let Some(keep) = held.wanted.take() {
+            held.leave(keep);
+        }
+        Some(held.kind)
+    }
+
+    /// In which term the inode is leased, be the lease given up or not: what was kept under it is shown until it is gone.
+    #[must_use]
+    pub fn tenure(&self, ino: InodeNo) -> Option<Term> {
+        self.shard(ino).peek(&ino).map(|held| held.term)
     }
 
     /// Somebody else needs the inode. What is to be given up: the kind that is held. `Err`: nothing is held under this
@@ -213,10 +270,14 @@ impl Leases {
         let Some(held) = shard.peek_mut(&ino).filter(|held| held.grant == grant) else {
             return Err(Some(grant));
         };
-        match held.leaving {
+        match held.leaving.or(held.wanted) {
             Some(leaving) if leaving <= keep => Err(None),
+            _ if held.reserved => {
+                held.wanted = Some(keep);
+                Ok(held.kind)
+            }
             _ => {
-                held.leaving = Some(keep);
+                held.leave(keep);
                 Ok(held.kind)
             }
         }
@@ -382,10 +443,29 @@ mod tests {
             (None, None),
             "nobody may know of it any more"
         );
-        let term = Term(3);
-        leases.seen(INO, term, 9);
+        let tenure = leases.tenure(INO).expect("held");
+        leases.seen(INO, tenure, 9);
         assert_eq!(leases.end(), [(INO, Kind::Write)]);
         assert_eq!((leases.take_lost(INO), leases.take_lost(INO)), (Some(9), None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_that_was_waited_for_is_used_before_it_is_given_up() {
+        let (leases, _) = leases();
+        leases.granted(INO, Kind::Write, 1);
+        leases.reserve(INO);
+        assert_eq!(leases.recalled(INO, 1, None), Ok(Kind::Write));
+        assert_eq!(leases.recalled(INO, 1, Some(Kind::Read)), Err(None));
+        let (held, written) = tokio::join!(leases.depart(INO), async { leases.writing(INO, None, || 7) });
+        assert_eq!((held, written), (Some(Kind::Write), Some(7)));
+        assert_eq!(leases.writing(INO, None, || ()), None);
+        assert_eq!(leases.left_behind(INO, None), Some(1));
+        // Nobody comes to use it.
+        leases.granted(INO, Kind::Write, 2);
+        leases.reserve(INO);
+        assert!(leases.recalled(INO, 2, None).is_ok());
+        assert_eq!(leases.depart(INO).await, Some(Kind::Write));
+        assert_eq!((leases.writing(INO, None, || ()), leases.tenure(INO).is_some()), (None, true));
     }
 
     #[test]

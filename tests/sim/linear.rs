@@ -31,6 +31,9 @@ pub struct Event<O: Object> {
     pub op: O::Op,
 }
 
+/// So many operations are shown in front of those that do not fit.
+const LAST: usize = 12;
+
 /// Checks a history.
 ///
 /// # Errors
@@ -42,7 +45,7 @@ pub fn check<O: Object>(mut events: Vec<Event<O>>) -> Result<(), String> {
     let mut done = vec![0_u64; events.len().div_ceil(64)];
     let mut state = O::initial();
     let mut from = 0;
-    let mut deepest: (usize, Vec<usize>, O::State) = (0, Vec::new(), state.clone());
+    let mut deepest: (Vec<usize>, Vec<usize>, O::State) = (Vec::new(), Vec::new(), state.clone());
     loop {
         let open = candidates(&events, &done);
         if open.iter().all(|at| events[*at].returned.is_none()) && rest_is_unknown(&events, &done) {
@@ -63,20 +66,23 @@ pub fn check<O: Object>(mut events: Vec<Event<O>>) -> Result<(), String> {
                 done[at / 64] |= 1 << (at % 64);
                 path.push((at, std::mem::replace(&mut state, next)));
                 from = 0;
-                if path.len() > deepest.0 {
-                    deepest = (path.len(), candidates(&events, &done), state.clone());
+                if path.len() > deepest.0.len() {
+                    let order = path.iter().map(|(at, _)| *at).collect();
+                    deepest = (order, candidates(&events, &done), state.clone());
                 }
             }
             None => {
                 let Some((at, before)) = path.pop() else {
-                    let (length, open, state) = deepest;
-                    let shown = open.into_iter().map(|at| {
+                    let (order, open, state) = deepest;
+                    let show = |at: usize| {
                         let Event { client, called, returned, op } = &events[at];
                         format!("\n  client {client}: {op:?} called at {called:?}, returned {returned:?}")
-                    });
+                    };
+                    let last: String = order.iter().skip(order.len().saturating_sub(LAST)).map(|at| show(*at)).collect();
+                    let open: String = open.into_iter().map(show).collect();
                     return Err(format!(
-                        "no order: after {length} operations the object is {state:?}, and none of these fits:{}",
-                        shown.collect::<String>()
+                        "no order: after{last}\n({} operations) the object is {state:?}, and none of these fits:{open}",
+                        order.len()
                     ));
                 };
                 done[at / 64] &= !(1 << (at % 64));

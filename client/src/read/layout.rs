@@ -148,13 +148,14 @@ impl Layouts {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What stands in `[from, to)`, if that is known of the inode's `version` or a later one. An earlier one's layout
-    /// would show holes where the file has grown since.
+    /// What stands in `[from, to)`, if that is known of this version of the inode (0: of any). An earlier one's layout would
+    /// show holes where the file has grown since, a later one's where it was cut.
     #[must_use]
     pub fn get(&self, ino: InodeNo, from: u64, to: u64, version: u64) -> Option<Vec<Segment>> {
         let mut inner = self.lock();
         let known = inner.known.get(&ino)?;
-        let believed = self.is_current(ino, known.term) && known.version >= version;
+        let same = version == 0 || known.version == version;
+        let believed = self.is_current(ino, known.term) && same;
         (believed && known.from <= from && to <= known.to).then(|| known.segments(from, to))
     }
 

@@ -65,9 +65,10 @@ impl Client {
     /// # Errors
     /// ErrorIo when no replica has the bytes, ErrorStale, ErrorTimedOut, and the session's.
     pub async fn read(&self, file: &OpenFile, offset: u64, len: usize) -> FsResult<Bytes> {
-        let inner = &self.inner;
-        let mut attr = inner.attr_now(file.ino).await?;
+        let (inner, leases) = (&self.inner, self.inner.session.leases());
         for attempt in 0.. {
+            let tenure = leases.tenure(file.ino);
+            let mut attr = inner.attr_now(file.ino).await?;
             if offset >= attr.size || len == 0 {
                 return Ok(Bytes::new());
             }
@@ -78,9 +79,10 @@ impl Client {
             }
             match inner.data.read(file.ino, &file.read_state, &attr, offset, len.min(left)).await {
                 // Where the bytes are was asked for after somebody had changed the file.
-                Err(error) if error.code == ErrorCode::ErrorConflict && attempt < READ_ATTEMPTS => {
-                    attr = inner.attr_now(file.ino).await?;
-                }
+                Err(error) if error.code == ErrorCode::ErrorConflict && attempt < READ_ATTEMPTS => {}
+                // A part may have come from what was kept here, another from what somebody else wrote after that.
+                Ok(_)
+                    if tenure.is_some() && leases.tenure(file.ino) != tenure && attempt < READ_ATTEMPTS => {}
                 result => return result,
             }
         }
@@ -137,7 +139,7 @@ impl Client {
         inner.mark_written(file, privileges, loses);
         loop {
             // Nobody else can move the end while this client alone may write.
-            inner.take_write_lease(ino, true).await?;
+            inner.take_write_lease(ino).await?;
             let term = leases.term(ino);
             let offset = inner.attr_now(ino).await?.size;
             check_end(offset, data.len() as u64)?;
@@ -221,27 +223,24 @@ impl Inner {
         check_end(offset, data.len() as u64)?;
         let loses = self.loses_privileges(file, privileges);
         self.mark_written(file, privileges, loses);
-        let through = self.write_under_lease(file.ino, offset, data).await?;
-        if through || loses || file.flags.sync {
+        self.write_under_lease(file.ino, offset, data).await?;
+        if loses || file.flags.sync {
             // The cleared bits must show at once, not when the bytes happen to be committed.
             self.data.flush(file.ino).await?;
         }
         Ok(())
     }
 
-    /// Buffers bytes under a write lease. True: there was none to be had, and they must not be kept.
-    async fn write_under_lease(&self, ino: InodeNo, offset: u64, data: &[u8]) -> FsResult<bool> {
+    /// Buffers bytes under write leases. Nobody sees them here before anybody could see them elsewhere.
+    async fn write_under_lease(&self, ino: InodeNo, offset: u64, data: &[u8]) -> FsResult<()> {
         let leases = self.session.leases();
         let mut done = 0;
         loop {
             done += self.data.write(ino, offset + done as u64, &data[done..], Some(leases)).await?;
             if done == data.len() {
-                return Ok(false);
+                return Ok(());
             }
-            if !self.take_write_lease(ino, false).await? {
-                self.data.write(ino, offset + done as u64, &data[done..], None).await?;
-                return Ok(true);
-            }
+            self.take_write_lease(ino).await?;
         }
     }
 

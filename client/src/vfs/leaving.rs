@@ -65,6 +65,7 @@ pub(super) async fn run(inner: Weak<Inner>, mut wanted: mpsc::UnboundedReceiver<
 impl Inner {
     async fn leave(&self, leaving: Leaving) {
         let Leaving { ino, held, keep } = leaving;
+        let held = self.session.leases().depart(ino).await.unwrap_or(held);
         if defect::has(Defect::LateInvalidation) {
             tokio::time::sleep(TICK / 10).await;
             self.cache.leaving(ino);
@@ -119,15 +120,14 @@ impl Inner {
         }
     }
 
-    /// Gets a write lease. False: several clients have the file open and write: everything goes through at once. `alone`:
-    /// also then.
-    pub(super) async fn take_write_lease(&self, ino: InodeNo, alone: bool) -> FsResult<bool> {
+    /// Gets a write lease. It may be wanted elsewhere again before it is of use: whoever needs it looks, and comes again.
+    pub(super) async fn take_write_lease(&self, ino: InodeNo) -> FsResult<()> {
         let leases = self.session.leases();
         if leases.writing(ino, None, || ()).is_some() {
-            return Ok(true);
+            return Ok(());
         }
         let ticket = self.cache.ticket();
-        let take = v1::TakeLease { ino: ino.get(), kind: LeaseKind::LeaseWrite.into(), alone };
+        let take = v1::TakeLease { ino: ino.get(), kind: LeaseKind::LeaseWrite.into() };
         match self.master.hold(&own_cred(), hold::Op::TakeLease(take)).await? {
             answer::Body::Leased(leased) => {
                 if let Some(attr) = &leased.attr {
@@ -137,7 +137,7 @@ impl Inner {
                     // Nothing counts before the next keep-alive is answered.
                     tokio::time::sleep(UNCONFIRMED).await;
                 }
-                Ok(!leased.shared)
+                Ok(())
             }
             other => Err(unexpected(&other)),
         }

@@ -52,9 +52,9 @@ impl Observer {
     /// Gets a write lease that was lost at this version.
     async fn regain(&self, ino: InodeNo, version: u64) -> FsResult<()> {
         let ticket = self.cache.ticket();
-        let take = v1::TakeLease { ino: ino.get(), kind: LeaseKind::LeaseWrite.into(), alone: true };
+        let take = v1::TakeLease { ino: ino.get(), kind: LeaseKind::LeaseWrite.into() };
         let answer = self.session.hold(&own_cred(), hold::Op::TakeLease(take)).await?;
-        let answer::Body::Leased(v1::Leased { attr: Some(attr), .. }) = answer else {
+        let answer::Body::Leased(v1::Leased { attr: Some(attr) }) = answer else {
             return Err(super::unexpected(&answer));
         };
         let unsure = self.unsure().remove(&ino);

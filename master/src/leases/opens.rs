@@ -184,13 +184,6 @@ impl Opens {
         self.counts.contains_key(&ino)
     }
 
-    /// Whether another session has it open to write.
-    #[must_use]
-    pub fn is_written_by_another(&self, session: SessionId, ino: InodeNo) -> bool {
-        let sessions = self.counts.get(&ino).into_iter().flatten();
-        sessions.into_iter().any(|(other, held)| *other != session && held.access.write)
-    }
-
     /// How many inodes a session has open.
     #[must_use]
     pub fn count(&self, session: SessionId) -> usize {

@@ -515,8 +515,7 @@ impl Opening {
             if attr.nlink == 0 {
                 memory.opens.orphaned(self.ino);
             }
-            let alone = open.write && !memory.opens.is_written_by_another(session, self.ino);
-            let granted = (alone && memory.leases.grant(session, self.ino, Kind::Write, seen))
+            let granted = (open.write && memory.leases.grant(session, self.ino, Kind::Write, seen))
                 || memory.leases.grant(session, self.ino, Kind::Read, seen);
             memory.dispatch();
             if granted { vec![self.ino] } else { Vec::new() }
@@ -558,16 +557,11 @@ pub async fn take_lease(link: Arc<Link>, seq: u64, take: v1::TakeLease) -> Resul
         if !access.as_ref().is_ok_and(|access| access.write) {
             return Ok(Done::Reply(reply(seq, failed(access.err().unwrap_or_else(|| not_opened(take.ino))))));
         }
-        link.term.shared.confirm().await?;
-        if !take.alone && link.term.memory().opens.is_written_by_another(link.session, ino) {
-            let shared = v1::Leased { shared: true, attr: None };
-            return Ok(Done::Reply(reply(seq, answer(Body::Leased(shared)))));
-        }
     }
     change::take(&link, ino, kind).await?;
     link.term.shared.confirm().await?;
     let body = match state::attr(&*link.term.kv(), ino) {
-        Ok(Some(attr)) => answer(Body::Leased(v1::Leased { shared: false, attr: Some(attr) })),
+        Ok(Some(attr)) => answer(Body::Leased(v1::Leased { attr: Some(attr) })),
         Ok(None) => failed(FsError::new(ErrorCode::ErrorStale, format!("inode {ino} is gone"))),
         Err(error) => failed(store_failed("reading an inode", &error)),
     };

@@ -2,7 +2,7 @@
 
 use crate::harness::*;
 use dfs_proto::v1::{
-    Close, Commit, ErrorCode, GetAttr, Hello, LeaseKind, Leased, Open, ReadDir, Recall, SetAttr, TakeLease,
+    Commit, ErrorCode, GetAttr, Hello, LeaseKind, Leased, Open, ReadDir, Recall, SetAttr, TakeLease,
     Unlink, answer::Body, hold, mutation, query,
 };
 use std::time::Duration;
@@ -30,7 +30,7 @@ fn open(ino: u64, write: bool) -> hold::Op {
 }
 
 fn take(ino: u64, kind: LeaseKind) -> hold::Op {
-    hold::Op::TakeLease(TakeLease { ino, kind: kind.into(), alone: false })
+    hold::Op::TakeLease(TakeLease { ino, kind: kind.into() })
 }
 
 fn mode(body: &Body) -> u32 {
@@ -132,7 +132,7 @@ async fn what_a_writer_buffers_is_flushed_before_others_look() {
     let (mut a, mut b) = (serve(master.address(), leasing()).await, serve(master.address(), leasing()).await);
     let ino = a.create("f", true).await.ino;
     assert_eq!(code(&b.hold(take(ino, LeaseKind::LeaseWrite)).await), ErrorCode::ErrorAccess);
-    let Body::Leased(Leased { shared: false, .. }) = a.hold(take(ino, LeaseKind::LeaseWrite)).await else {
+    let Body::Leased(Leased { attr: Some(_) }) = a.hold(take(ino, LeaseKind::LeaseWrite)).await else {
         panic!("nobody else has it open")
     };
     assert_eq!(a.holds(ino), LeaseKind::LeaseWrite);
@@ -156,23 +156,21 @@ async fn what_a_writer_buffers_is_flushed_before_others_look() {
     assert_eq!(code(&a.answer(taking).await), ErrorCode::ErrorOk);
     assert_eq!(a.holds(ino), LeaseKind::LeaseWrite);
 
-    // Two have it open, one to write: who wants to write as well shares it.
+    // Two that write take turns: each flushes when the other one wants to.
     let opening = b.send(hold_op(open(ino, true))).await;
     let recall = a.recall().await;
+    assert_eq!(recall.keep(), LeaseKind::LeaseRead);
     a.give_back(&recall).await;
     assert_eq!(code(&b.answer(opening).await), ErrorCode::ErrorOk);
-    for client in [&mut a, &mut b] {
-        let Body::Leased(leased) = client.hold(take(ino, LeaseKind::LeaseWrite)).await else { panic!() };
-        assert!(leased.shared);
+    for turn in 0..4 {
+        let (one, other) = if turn % 2 == 0 { (&mut b, &mut a) } else { (&mut a, &mut b) };
+        let taking = one.send(hold_op(take(ino, LeaseKind::LeaseWrite))).await;
+        let recall = other.recall().await;
+        other.mutate(commit(ino)).await;
+        other.give_back(&recall).await;
+        assert_eq!(code(&one.answer(taking).await), ErrorCode::ErrorOk);
+        assert_eq!((one.holds(ino), other.holds(ino)), (LeaseKind::LeaseWrite, LeaseKind::LeaseNone));
     }
-    assert_eq!(code(&b.hold(hold::Op::Close(Close { ino })).await), ErrorCode::ErrorOk);
-    let taking = a.send(hold_op(take(ino, LeaseKind::LeaseWrite))).await;
-    if b.holds(ino) != LeaseKind::LeaseNone {
-        let recall = b.recall().await;
-        b.give_back(&recall).await;
-    }
-    let Body::Leased(leased) = a.answer(taking).await else { panic!() };
-    assert!(!leased.shared);
     master.shutdown().await;
 }
 
