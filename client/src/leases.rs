@@ -159,7 +159,8 @@ impl Leases {
             // One lease goes on as another: what was learned under it is as good as before.
             Some(held) => (held.kind, held.grant) = (kind, grant),
             None => {
-                let held = Held { kind, grant, term, version: 0, reserved: false, wanted: None, leaving: None };
+                let held =
+                    Held { kind, grant, term, version: 0, reserved: false, wanted: None, leaving: None };
                 shard.put(ino, held);
             }
         }

@@ -87,8 +87,6 @@ pub const CONNECT_MS: u64 = 2_000;
 pub const OPERATION_MS: u64 = 60_000;
 /// How long uncommitted bytes stay in a client at most before they are synced and committed.
 pub const WRITE_BEHIND_MS: u64 = 1_000;
-/// How long kernel and client may believe an attribute or a name while there are no leases.
-pub const ATTR_TTL_MS: u64 = 1_000;
 /// How long an access token is good.
 pub const TOKEN_TTL_MS: u64 = 3_600_000;
 

@@ -78,7 +78,8 @@ pub fn check<O: Object>(mut events: Vec<Event<O>>) -> Result<(), String> {
                         let Event { client, called, returned, op } = &events[at];
                         format!("\n  client {client}: {op:?} called at {called:?}, returned {returned:?}")
                     };
-                    let last: String = order.iter().skip(order.len().saturating_sub(LAST)).map(|at| show(*at)).collect();
+                    let last: String =
+                        order.iter().skip(order.len().saturating_sub(LAST)).map(|at| show(*at)).collect();
                     let open: String = open.into_iter().map(show).collect();
                     return Err(format!(
                         "no order: after{last}\n({} operations) the object is {state:?}, and none of these fits:{open}",

@@ -22,8 +22,10 @@ const FILES: usize = 2;
 const SLOTS: usize = 4;
 const SLOT: usize = 8;
 const THINK: Duration = Duration::from_millis(20);
-/// How long a session lives: short, so that clients that are cut off lose theirs within a run.
-const TTL: Duration = Duration::from_secs(4);
+/// How long a session lives in every second seed: so short that clients that are cut off lose theirs, and with them what
+/// they have not flushed; so they flush every write. In the others nobody is cut off for that long, and writes are kept.
+const SHORT_TTL: Duration = Duration::from_secs(4);
+const LONG_TTL: Duration = Duration::from_secs(20);
 /// How long an operation may take before its client gives it up.
 const PATIENCE: Duration = Duration::from_secs(12);
 /// The same for one that changes nothing: nothing is unknown when it is given up.
@@ -326,7 +328,8 @@ pub fn run(seed: u64) -> Result<Report, Violation> {
     let mut sim = world::network(seed);
     let storages: Vec<Arc<SimStorage>> = world::masters().iter().map(|_| SimStorage::new()).collect();
     for (id, storage) in (1..).zip(&storages) {
-        world::start_master(&mut sim, id, Arc::clone(storage), seed, TTL);
+        let ttl = if loses_sessions(seed) { SHORT_TTL } else { LONG_TTL };
+        world::start_master(&mut sim, id, Arc::clone(storage), seed, ttl);
     }
     let machines: Vec<Machine> = world::start_chunkds(&mut sim, seed);
     let histories = Arc::new(Mutex::new(Histories::default()));
@@ -343,6 +346,10 @@ pub fn run(seed: u64) -> Result<Report, Violation> {
         linear::check(history.clone()).map_err(|why| format!("the history of file {which}: {why}"))?;
     }
     Ok(Report { operations: histories.done, faults: plan.fired().clone() })
+}
+
+fn loses_sessions(seed: u64) -> bool {
+    seed.is_multiple_of(2)
 }
 
 fn start_client(
@@ -380,7 +387,7 @@ fn start_client(
             files: files.clone(),
             random: SmallRng::seed_from_u64(seed ^ (id << 40) ^ u64::from(only_reads)),
             histories: Arc::clone(&histories),
-            flush: seed.is_multiple_of(2),
+            flush: loses_sessions(seed),
             only_reads,
         };
         tokio::join!(work(worker(false)), work(worker(true)));

@@ -297,7 +297,8 @@ impl State {
             }
             // An unknown one was answered before, or its time was up.
             if let Some(pending) = self.remove(reply.seq, &mut outcome.freed) {
-                if let Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::TakeLease(take)) })) = &pending.request.op
+                if let Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::TakeLease(take)) })) =
+                    &pending.request.op
                     && pending.reply.as_ref().is_some_and(|reply| !reply.is_closed())
                 {
                     self.leases.reserve(InodeNo(take.ino));

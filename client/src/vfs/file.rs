@@ -81,8 +81,8 @@ impl Client {
                 // Where the bytes are was asked for after somebody had changed the file.
                 Err(error) if error.code == ErrorCode::ErrorConflict && attempt < READ_ATTEMPTS => {}
                 // A part may have come from what was kept here, another from what somebody else wrote after that.
-                Ok(_)
-                    if tenure.is_some() && leases.tenure(file.ino) != tenure && attempt < READ_ATTEMPTS => {}
+                Ok(_) if tenure.is_some() && leases.tenure(file.ino) != tenure && attempt < READ_ATTEMPTS => {
+                }
                 result => return result,
             }
         }

@@ -334,6 +334,8 @@ async fn look_at_anothers(link: &Link, read: &Read, ino: InodeNo) -> Option<Answ
         return None;
     }
     *attr = v1::Attr {
+        // What was told is of this version, whatever has been committed since.
+        version: told.version,
         mode: told.mode,
         uid: told.uid,
         gid: told.gid,

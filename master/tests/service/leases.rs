@@ -2,8 +2,8 @@
 
 use crate::harness::*;
 use dfs_proto::v1::{
-    Commit, ErrorCode, GetAttr, Hello, LeaseKind, Leased, Open, ReadDir, Recall, SetAttr, TakeLease,
-    Unlink, answer::Body, hold, mutation, query,
+    Commit, ErrorCode, GetAttr, Hello, LeaseKind, Leased, Open, ReadDir, Recall, SetAttr, TakeLease, Unlink,
+    answer::Body, hold, mutation, query,
 };
 use std::time::Duration;
 
