@@ -71,7 +71,8 @@ ls -l "$SECOND/frozen" >/dev/null
 read -r session leases <<<"$(sessions)"
 ((leases > 0)) || fail "no leases are shown"
 refused 1 'no session 999999' dfs client evict 999999 --cluster-key-file "$HOME_DIR/cluster.key"
-refused 1 'proof is wrong' dfs client evict "$session" --cluster-key-file /proc/version
+printf 'the key of another cluster' >"$WORK/other.key"
+refused 1 'proof is wrong' dfs client evict "$session" --cluster-key-file "$WORK/other.key"
 timeout 60 dfs client evict "$session" --cluster-key-file "$HOME_DIR/cluster.key" || fail "the session does not end"
 echo evicted >"$MNT/frozen/read"
 back() { [[ $(cat "$SECOND/frozen/read" 2>/dev/null) == evicted ]]; }

@@ -151,7 +151,6 @@ async fn expire_sessions(term: Arc<Term>) {
         {
             let mut memory = term.memory();
             for id in memory.leases.overdue(now.saturating_sub(RECALL_WAIT)) {
-                tracing::warn!(session = %id, "a session does not give a lease back");
                 memory.fence(id);
             }
         }

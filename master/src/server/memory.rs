@@ -147,7 +147,7 @@ impl Memory {
         if !session.fenced {
             session.fenced = true;
             session.generation.send_modify(|generation| *generation += 1);
-            tracing::warn!(session = %id, client = session.row.client, "a session is cut off");
+            tracing::warn!(session = %id, client = session.row.client, "a session is cut off: it does not give a lease back, or is evicted");
         }
         true
     }
