@@ -229,6 +229,23 @@ impl Leases {
         Some(done)
     }
 
+    /// Leases to be given up because the master is short of memory: so many, the least used first.
+    pub fn shed(&self, count: usize) -> Vec<(InodeNo, Kind)> {
+        let mut chosen = Vec::new();
+        for shard in &self.shards {
+            let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            let idle = shard.iter().rev().filter(|(_, held)| held.leaving.is_none() && !held.reserved);
+            let idle: Vec<InodeNo> = idle.map(|(ino, _)| *ino).take(count.div_ceil(SHARDS)).collect();
+            for ino in idle {
+                if let Some(held) = shard.peek_mut(&ino) {
+                    held.leave(None);
+                    chosen.push((ino, held.kind));
+                }
+            }
+        }
+        chosen
+    }
+
     /// Somebody here has waited for this lease, and is about to be told that he has it.
     pub fn reserve(&self, ino: InodeNo) {
         if let Some(held) = self.shard(ino).peek_mut(&ino) {
@@ -487,5 +504,7 @@ mod tests {
         asserted.read.sort_unstable();
         assert_eq!(asserted, Asserted { read: vec![ino(1).get(), ino(3).get()], write: Vec::new() });
         assert_eq!(leases.recalled(ino(1), 0, None), Ok(Kind::Read));
+        assert_eq!(leases.shed(1), [(ino(3), Kind::Read)]);
+        assert!(leases.shed(10).is_empty(), "both are being given up");
     }
 }

@@ -251,6 +251,8 @@ impl State {
                 Err(None) => {}
             }
         }
+        let shed = self.leases.shed(usize::try_from(frame.return_leases).unwrap_or(usize::MAX));
+        outcome.leaving.extend(shed.into_iter().map(|(ino, held)| Leaving { ino, held, keep: None }));
         outcome.asks.extend(frame.asks);
         while let Some((number, sent)) = self.alive_at.front().copied()
             && number <= frame.keep_alive

@@ -5,8 +5,8 @@ use super::{Client, Inner, own_cred, unexpected};
 use crate::leases::Kind;
 use crate::session::{Leaving, Wanted};
 use dfs_env::defect::{self, Defect};
-use dfs_proto::v1::{self, LeaseKind, answer, hold};
-use dfs_proto::{FsResult, InodeNo};
+use dfs_proto::v1::{self, ErrorCode, LeaseKind, answer, hold};
+use dfs_proto::{FsError, FsResult, InodeNo};
 use futures::future::BoxFuture;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -17,6 +17,9 @@ const TICK: Duration = Duration::from_millis(500);
 
 /// How long a lease that does not count yet is waited for at a time.
 const UNCONFIRMED: Duration = Duration::from_millis(20);
+
+/// How often it is tried to commit what is kept of a file that somebody else wants.
+const FLUSHES: usize = 3;
 
 /// Whoever keeps caches of its own behind this client: the kernel.
 pub trait Kernel: Send + Sync + 'static {
@@ -77,10 +80,8 @@ impl Inner {
         }
         // No new bytes are kept from the moment of the recall on. Under a read lease none are: what is on its way then may
         // itself wait for somebody else who waits for this lease.
-        if held == Kind::Write
-            && let Err(error) = self.flush_if_dirty(ino).await
-        {
-            tracing::error!(%ino, %error, "bytes could not be written when somebody else wanted the file: they are lost");
+        if held == Kind::Write {
+            self.flush_for_good(ino).await;
         }
         if keep.is_none() {
             self.cache.leaving(ino);
@@ -90,6 +91,30 @@ impl Inner {
             }
         }
         self.session.give_back(ino, keep);
+    }
+
+    /// Commits what is kept of an inode. What cannot be committed is dropped, and told to whoever wrote it: from here on it
+    /// would come over what somebody else writes.
+    async fn flush_for_good(&self, ino: InodeNo) {
+        let mut told = Ok(());
+        for _ in 0..FLUSHES {
+            if self.data.dirty(ino).is_none() {
+                break;
+            }
+            // An error of an earlier flush comes first; the bytes may still be there.
+            told = told.and(self.data.flush(ino).await.map(drop));
+        }
+        if self.data.dirty(ino).is_some() {
+            tracing::error!(%ino, ?told, "bytes could not be written when somebody else wanted the file: they are lost");
+            self.data.discard(ino);
+            told = told.and(Err(FsError::new(
+                ErrorCode::ErrorIo,
+                "written bytes were lost: somebody else wanted the file",
+            )));
+        }
+        if let Err(error) = told {
+            self.data.keep_error(ino, error);
+        }
     }
 
     /// The attributes of a file as this client's programs see them, if changes of it are kept here.

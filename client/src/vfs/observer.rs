@@ -37,12 +37,17 @@ impl Observer {
     async fn commit(&self, cred: &Cred, commit: v1::Commit) -> FsResult<answer::Body> {
         let (ino, made) = (InodeNo(commit.ino), commit.ctime);
         if let Some(version) = self.session.leases().take_lost(ino) {
-            self.regain(ino, version).await?;
+            // Whatever the cause, what was kept must not be committed any more: the data plane drops it and tells.
+            let regained = self.regain(ino, version).await;
+            regained.map_err(|error| FsError { code: ErrorCode::ErrorConflict, ..error })?;
         }
         let (ticket, session) = (self.cache.ticket(), self.session.session());
         let answer = self.session.mutate(cred, mutation::Op::Commit(commit)).await;
         match &answer {
-            Ok(answer::Body::Entry(v1::Entry { attr: Some(attr), .. })) => self.cache.learn(&ticket, attr),
+            Ok(answer::Body::Entry(v1::Entry { attr: Some(attr), .. })) => {
+                self.unsure().remove(&ino);
+                self.cache.learn(&ticket, attr);
+            }
             Err(_) if self.session.session() != session => drop(self.unsure().insert(ino, made)),
             _ => {}
         }

@@ -412,6 +412,10 @@ impl Core {
                 self.try_commit(ino, now);
                 self.wake_satisfied(ino);
             }
+            // Somebody else has changed the file since its lease was lost: nothing of it may come back.
+            Err(error) if error.code == ErrorCode::ErrorConflict => {
+                self.fail_inode(ino, &FsError { code: ErrorCode::ErrorIo, ..error }, now);
+            }
             Err(error) if commit.attrs.is_some() => {
                 // Perhaps because of the attributes: the bytes get another chance without them.
                 self.tell_error(ino, &error);

@@ -37,6 +37,8 @@ use std::time::Duration;
 
 /// Counters of ended changes; inodes that share one only lose a chance to be cached.
 const STAMPS: usize = 4096;
+/// Beyond nine tenths of the limit a tenth of all leases is asked back.
+const CROWDED: (usize, usize) = (9, 10);
 /// Memory that one lease takes, in bytes, where every inode has one holder: the most that [`tests::size`] computes.
 pub const BYTES_PER_LEASE: usize = 160;
 
@@ -269,6 +271,17 @@ impl Leases {
         self.total
     }
 
+    /// When nearly all leases that there may be are given: how many each session is to give back, in proportion, so that
+    /// nobody has to do without.
+    #[must_use]
+    pub fn surplus(&self) -> Vec<(SessionId, usize)> {
+        if self.total <= self.limit / CROWDED.1 * CROWDED.0 {
+            return Vec::new();
+        }
+        let share = |(session, holder): (&SessionId, &Holder)| (*session, holder.inos.len() / CROWDED.1);
+        self.holders.iter().map(share).filter(|(_, count)| *count > 0).collect()
+    }
+
     // ---- sessions ----
 
     /// A session takes leases, or says again after a lost stream or an election which ones it holds: those it does not name
@@ -315,14 +328,7 @@ impl Leases {
     /// The session is gone, or takes no leases, with its leases and claims that wait. Changes that have passed last until they end: they may
     /// still be applied.
     pub fn end_session(&mut self, session: SessionId, now: Duration) {
-        let waiting = self
-            .claims
-            .iter()
-            .filter(|(_, claim)| claim.session == session && !claim.passed)
-            .map(|(id, _)| *id);
-        for id in waiting.collect::<Vec<_>>() {
-            self.end(id, now);
-        }
+        self.end_waiting(session, now);
         let inos = self.holders.remove(&session).map(|holder| holder.inos).unwrap_or_default();
         for ino in &inos {
             self.drop_lease(session, *ino);
@@ -332,6 +338,16 @@ impl Leases {
         }
         if self.unclaimed.remove(&session).is_some() {
             self.settle_all(now);
+        }
+    }
+
+    /// The claims of a session that wait are given up.
+    pub fn end_waiting(&mut self, session: SessionId, now: Duration) {
+        let waits = |claim: &Claim| claim.session == session && !claim.passed;
+        let waiting: Vec<ClaimId> =
+            self.claims.iter().filter(|(_, claim)| waits(claim)).map(|(id, _)| *id).collect();
+        for id in waiting {
+            self.end(id, now);
         }
     }
 
@@ -366,6 +382,17 @@ impl Leases {
     pub fn overdue(&self, before: Duration) -> BTreeSet<SessionId> {
         let late = self.recalled.iter().filter(|(_, recalled)| recalled.since < before);
         late.map(|((session, _), _)| *session).collect()
+    }
+
+    /// Leases that somebody waits for since before `before`, and that their holders were never told of, end: the answers that
+    /// were to tell of them are lost.
+    pub fn end_untold(&mut self, before: Duration, now: Duration) {
+        let late = self.recalled.iter().filter(|(_, recalled)| recalled.since < before).map(|(of, _)| *of);
+        for (session, ino) in late.collect::<Vec<_>>() {
+            if self.lease(session, ino).is_some_and(|lease| lease.sent.is_none()) {
+                self.forget(session, ino, now);
+            }
+        }
     }
 
     /// A holder commits what it buffered of an inode: a recall of it goes on well.
@@ -516,7 +543,9 @@ impl Leases {
                 continue;
             }
             passes &= !self.recall_others(session, what, *ino, now);
-            passes &= !self.unclaimed_bar(session, what, *ino);
+            // Where it may write itself, nobody else has anything.
+            let own = self.held(session, *ino) == Some(Kind::Write);
+            passes &= own || !self.unclaimed_bar(session, what, *ino);
             if let What::Take(kind) = what {
                 passes &= self.is_noted(session, *ino, kind);
             }

@@ -131,6 +131,19 @@ fn nothing_is_given_beyond_the_limit_nor_before_the_log_knows() {
 }
 
 #[test]
+fn a_full_table_asks_everybody_for_a_part() {
+    let mut leases = Leases::new(100, []);
+    for (session, count) in [(SESSIONS[0], 60), (SESSIONS[1], 30), (SESSIONS[2], 3)] {
+        begin(&mut leases, session);
+        assert!(leases.surplus().is_empty());
+        for ino in (1..=count).map(InodeNo) {
+            assert!(leases.grant(session, ino, Kind::Read, leases.clock()));
+        }
+    }
+    assert_eq!(leases.surplus(), [(SESSIONS[0], 6), (SESSIONS[1], 3)]);
+}
+
+#[test]
 fn after_an_election_only_what_a_silent_session_may_hold_waits_for_it() {
     let ([a, b, c], [ino, other]) = (SESSIONS, INOS);
     let mut notes = Notes::default();
@@ -164,6 +177,37 @@ fn a_session_that_does_not_give_back_is_overdue_unless_it_is_at_it() {
     assert_eq!(leases.overdue(NOW * 2), BTreeSet::from([a]));
     leases.progress(a, ino, NOW * 2);
     assert!(leases.overdue(NOW * 2).is_empty());
+}
+
+#[test]
+fn a_writer_flushes_although_a_silent_session_may_hold_something_near() {
+    let ([a, b, c], [ino, _]) = (SESSIONS, INOS);
+    let mut near = Notes::default();
+    near.add(Kind::Read, bucket_of(ino));
+    let mut leases = Leases::new(1000, [(a, everywhere()), (c, near)]);
+    leases.assert_session(a, [(ino, Kind::Write)], NOW);
+    let (change, passed) = leases.claim(b, What::Change, vec![ino], NOW);
+    assert!(!passed && leases.take_actions().recalls.len() == 1);
+    let (flush, passed) = leases.claim(a, What::Change, vec![ino], NOW);
+    assert!(passed, "nobody else can hold anything where it writes");
+    leases.end(flush, NOW);
+    leases.returned(a, ino, 0, None, NOW);
+    assert!(leases.take_actions().passed.is_empty(), "it may have read the same before");
+    leases.end_session(c, NOW);
+    assert_eq!(leases.take_actions().passed, [change]);
+}
+
+#[test]
+fn a_lease_that_nobody_was_told_of_does_not_hold_others_up_for_ever() {
+    let (mut leases, [a, b, _], [ino, _]) = (table(), SESSIONS, INOS);
+    assert!(leases.grant(a, ino, Kind::Read, leases.clock()));
+    let (change, passed) = leases.claim(b, What::Change, vec![ino], NOW);
+    assert!(!passed);
+    leases.end_untold(NOW, NOW);
+    assert!(leases.take_actions().passed.is_empty(), "the answer may be on its way");
+    leases.end_untold(NOW * 2, NOW * 2);
+    assert_eq!(leases.take_actions().passed, [change]);
+    assert_eq!(leases.sent(a, &[ino]).1, [], "too late");
 }
 
 /// What a lease costs, with one holder an inode: the hash table grows by doubling and is at least 7/16 full, the set of a

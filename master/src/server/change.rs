@@ -74,7 +74,9 @@ impl Change {
         }
         let mut granted = Vec::new();
         let mut grant = |memory: &mut Memory, ino: InodeNo, kind: Kind| {
-            let given = memory.leases.grant(self.link.session, ino, kind, self.seen);
+            // A stream that was replaced tells nobody of a lease.
+            let given = memory.serves(self.link.session, self.link.generation)
+                && memory.leases.grant(self.link.session, ino, kind, self.seen);
             if given {
                 granted.push(ino);
             }

@@ -248,13 +248,22 @@ impl Connection {
     fn take_frame(&mut self) -> Option<MasterFrame> {
         let session = self.link.session;
         let mut memory = self.link.term.memory();
+        if !memory.serves(session, self.link.generation) {
+            // What there is to tell is for the stream that has replaced this one.
+            return None;
+        }
         let (recalls, asks) = (memory.take_recalls(session), memory.take_asks(session));
-        let news = !recalls.is_empty() || !asks.is_empty();
+        let surplus = memory.take_surplus(session) as u64;
+        let news = !recalls.is_empty() || !asks.is_empty() || surplus > 0;
         if self.replies.is_empty() && self.keep_alive == 0 && !news {
             return None;
         }
-        let mut frame =
-            MasterFrame { keep_alive: std::mem::take(&mut self.keep_alive), asks, ..MasterFrame::default() };
+        let mut frame = MasterFrame {
+            keep_alive: std::mem::take(&mut self.keep_alive),
+            asks,
+            return_leases: surplus,
+            ..MasterFrame::default()
+        };
         let mut bytes = 0;
         while frame.replies.len() < FRAME_REQUESTS_MAX
             && bytes < FRAME_BYTES_MAX

@@ -145,12 +145,16 @@ async fn expire_sessions(term: Arc<Term>) {
             not_before = now + ttl;
         }
         last = now;
+        term.memory().make_room();
         if now < not_before {
             continue;
         }
         {
             let mut memory = term.memory();
-            for id in memory.leases.overdue(now.saturating_sub(RECALL_WAIT)) {
+            let before = now.saturating_sub(RECALL_WAIT);
+            memory.leases.end_untold(before, now);
+            memory.dispatch();
+            for id in memory.leases.overdue(before) {
                 memory.fence(id);
             }
         }

@@ -34,6 +34,8 @@ pub struct Session {
     /// Leases to ask it for, and inodes to ask it about, when its stream sends next.
     recalls: Vec<Recall>,
     asks: Vec<v1::Ask>,
+    /// How many leases it is to give back, whichever it needs least.
+    surplus: usize,
     /// Wakes its stream.
     pub wake: Arc<Notify>,
 }
@@ -106,11 +108,17 @@ impl Memory {
     /// A stream takes a session over: the generation it serves under, and how it learns that another one took over.
     /// None: the session is not known or is being closed.
     pub fn attach(&mut self, id: SessionId, now: Duration) -> Option<(u64, watch::Receiver<u64>)> {
-        let session = self.sessions.get_mut(&id).filter(|session| !session.closing && !session.fenced)?;
+        self.sessions.get(&id).filter(|session| !session.closing && !session.fenced)?;
+        // What the old stream waits for it can tell nobody of; the client asks again.
+        self.leases.end_waiting(id, now);
+        self.end_claimants();
+        self.dispatch();
+        let session = self.sessions.get_mut(&id)?;
         session.seen = now;
         session.attached = true;
         session.recalls.clear();
         session.asks.clear();
+        session.surplus = 0;
         // What the old stream was asked, the new one is not: whoever waits looks again.
         self.asked.retain(|_, (asked, _)| *asked != id);
         session.generation.send_modify(|generation| *generation += 1);
@@ -193,9 +201,7 @@ impl Memory {
         self.notes.retain(|(session, ..)| *session != id);
         self.asked.retain(|_, (asked, _)| *asked != id);
         self.dispatch();
-        // Its claims that waited are gone.
-        let leases = &self.leases;
-        self.claimants.retain(|id, _| leases.is_claim(*id));
+        self.end_claimants();
         self.opens.end_session(id);
         let granted = self.locks.release_session(id);
         self.wake(granted);
@@ -321,6 +327,12 @@ impl Memory {
         self.dispatch();
     }
 
+    /// Whoever waits for a claim that was given up waits no more.
+    fn end_claimants(&mut self) {
+        let leases = &self.leases;
+        self.claimants.retain(|id, _| leases.is_claim(*id));
+    }
+
     /// Carries out what the lease table decided.
     pub fn dispatch(&mut self) {
         let Actions { passed, recalls, notes } = self.leases.take_actions();
@@ -354,6 +366,8 @@ impl Memory {
         for (session, kind, bucket) in std::mem::take(&mut self.noting) {
             if done {
                 self.leases.noted(session, kind, bucket, now);
+            } else {
+                self.notes.insert((session, kind, bucket));
             }
         }
         self.dispatch();
@@ -382,6 +396,21 @@ impl Memory {
         }
     }
 
+    /// Asks for leases back when there are nearly too many.
+    pub fn make_room(&mut self) {
+        for (id, surplus) in self.leases.surplus() {
+            if let Some(session) = self.sessions.get_mut(&id) {
+                session.surplus = surplus;
+                session.wake.notify_one();
+            }
+        }
+    }
+
+    /// How many leases a session is to give back.
+    pub fn take_surplus(&mut self, session: SessionId) -> usize {
+        self.sessions.get_mut(&session).map_or(0, |session| std::mem::take(&mut session.surplus))
+    }
+
     /// What to ask a session.
     pub fn take_asks(&mut self, session: SessionId) -> Vec<v1::Ask> {
         self.sessions.get_mut(&session).map_or_else(Vec::new, |session| std::mem::take(&mut session.asks))
@@ -405,6 +434,7 @@ impl Session {
             fenced: false,
             recalls: Vec::new(),
             asks: Vec::new(),
+            surplus: 0,
             wake: Arc::default(),
         }
     }

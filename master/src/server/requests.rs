@@ -68,14 +68,21 @@ pub async fn mutate(
         return Ok(Done::Reply(reply(seq, failed(error))));
     }
     let Some(op) = &mutation.op else { return Ok(Done::Reply(not_understood(seq))) };
-    let change = match Change::begin(&link, op).await? {
-        Ok(change) => change,
-        Err(error) => return Ok(Done::Reply(reply(seq, failed(error)))),
-    };
     if let mutation::Op::Commit(commit) = op {
         let (ino, now) = (InodeNo(commit.ino), link.term.now());
         link.term.memory().leases.progress(link.session, ino, now);
     }
+    let change = match Change::begin(&link, op).await? {
+        Ok(change) => change,
+        Err(error) => return Ok(Done::Reply(reply(seq, failed(error)))),
+    };
+    // What it answers then may be old: others have changed things since.
+    let repeated = match state::is_answered(&*link.term.kv(), link.session, seq) {
+        Ok(repeated) => repeated,
+        Err(error) => {
+            return Ok(Done::Reply(reply(seq, failed(store_failed("looking for an answer", &error)))));
+        }
+    };
     let mut appends = Appends::None;
     let mut creating = None;
     match &mut mutation.op {
@@ -107,7 +114,12 @@ pub async fn mutate(
     };
     settle(&link, &answer, creating, linking);
     let created = matches!(&answer.body, Some(Body::Entry(entry)) if entry.created);
-    let leases = change.end(&answer, opening && created);
+    let mut leases = Vec::new();
+    if repeated {
+        drop(change);
+    } else {
+        leases = change.end(&answer, opening && created);
+    }
     link.term.complete(link.session, &mut answer, appends);
     Ok(Done::Reply(leased(seq, answer, leases)))
 }
@@ -436,7 +448,9 @@ fn lease_what_is_shown(
             }
         }
     }
-    granted.retain(|ino| memory.leases.grant(session, *ino, Kind::Read, seen));
+    // A stream that was replaced tells nobody of a lease.
+    let serving = memory.serves(session, link.generation);
+    granted.retain(|ino| serving && memory.leases.grant(session, *ino, Kind::Read, seen));
     memory.dispatch();
     Ok(granted)
 }
@@ -517,8 +531,9 @@ impl Opening {
             if attr.nlink == 0 {
                 memory.opens.orphaned(self.ino);
             }
-            let granted = (open.write && memory.leases.grant(session, self.ino, Kind::Write, seen))
-                || memory.leases.grant(session, self.ino, Kind::Read, seen);
+            let granted = memory.serves(session, self.link.generation)
+                && ((open.write && memory.leases.grant(session, self.ino, Kind::Write, seen))
+                    || memory.leases.grant(session, self.ino, Kind::Read, seen));
             memory.dispatch();
             if granted { vec![self.ino] } else { Vec::new() }
         };

@@ -18,6 +18,11 @@ pub fn session(kv: &dyn Kv, session: SessionId) -> io::Result<Option<v1::Session
     Tx::new(kv).find_session(session)
 }
 
+/// Whether a request of a session was answered before.
+pub fn is_answered(kv: &dyn Kv, session: SessionId, seq: u64) -> io::Result<bool> {
+    Tx::new(kv).get(&keys::answer(session, seq)).map(|answer| answer.is_some())
+}
+
 /// Every session.
 pub fn sessions(kv: &dyn Kv) -> io::Result<Vec<(SessionId, v1::SessionRow)>> {
     Tx::new(kv).collect(&keys::table(tag::SESSION), usize::MAX, |key, value| {

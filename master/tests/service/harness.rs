@@ -8,7 +8,7 @@ use dfs_proto::v1::{
     Request, StatusReply, StatusRequest, Welcome, admin_client::AdminClient, answer::Body, hold, mutation,
     query, request, session_client::SessionClient,
 };
-use dfs_proto::v1::{Create, Kind, LeaseKind, LeaseReturn, Lookup, Recall};
+use dfs_proto::v1::{Ask, Create, Kind, LeaseKind, LeaseReturn, Lookup, Recall, Told};
 use dfs_proto::{PROTOCOL_VERSION, limits};
 use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
@@ -92,6 +92,8 @@ pub struct Client {
     pub leases: BTreeMap<u64, (LeaseKind, u64)>,
     /// What it was asked to give back.
     recalls: VecDeque<Recall>,
+    /// What it was asked about files that it writes.
+    asks: VecDeque<Ask>,
     cred: Cred,
 }
 
@@ -118,6 +120,7 @@ pub async fn attach(address: &str, hello: Hello) -> Attach {
             answers: BTreeMap::new(),
             leases: BTreeMap::new(),
             recalls: VecDeque::new(),
+            asks: VecDeque::new(),
             cred: Cred::default(),
         })),
         (None, Some(refusal)) => Attach::Refused(refusal, first.leader),
@@ -219,6 +222,19 @@ impl Client {
             self.answers.insert(reply.seq, reply.answer.expect("a reply has an answer"));
         }
         self.recalls.extend(frame.recalls);
+        self.asks.extend(frame.asks);
+    }
+
+    /// Answers the next question about a file that it writes.
+    pub async fn tell(&mut self, attr: impl FnOnce(&Ask) -> Option<Attr>) {
+        let ask = loop {
+            if let Some(ask) = self.asks.pop_front() {
+                break ask;
+            }
+            self.take_frame().await;
+        };
+        let told = vec![Told { ask: ask.ask, attr: attr(&ask) }];
+        self.send_frame(ClientFrame { told, ..ClientFrame::default() }).await;
     }
 
     /// The next recall.
@@ -331,4 +347,8 @@ pub fn mutation_op(op: mutation::Op) -> request::Op {
 
 pub fn hold_op(op: hold::Op) -> request::Op {
     request::Op::Hold(Hold { op: Some(op) })
+}
+
+pub fn query_op(op: query::Op) -> request::Op {
+    request::Op::Query(Query { op: Some(op) })
 }

@@ -2,8 +2,8 @@
 
 use crate::harness::*;
 use dfs_proto::v1::{
-    Commit, ErrorCode, GetAttr, Hello, LeaseKind, Leased, Open, ReadDir, Recall, SetAttr, TakeLease, Unlink,
-    answer::Body, hold, mutation, query,
+    Access, Attr, Commit, ErrorCode, GetAttr, Hello, LeaseKind, Leased, Open, ReadDir, Recall, SetAttr,
+    TakeLease, Unlink, answer::Body, hold, mutation, query,
 };
 use std::time::Duration;
 
@@ -128,7 +128,7 @@ async fn a_page_of_a_directory_brings_leases_on_everything_in_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_writer_buffers_is_flushed_before_others_look() {
     let dir = tempfile::tempdir().unwrap();
-    let master = start(dir.path()).await;
+    let master = start_with(dfs_master::Config { session_ttl_ms: 20_000, ..config(dir.path()) }).await;
     let (mut a, mut b) = (serve(master.address(), leasing()).await, serve(master.address(), leasing()).await);
     let ino = a.create("f", true).await.ino;
     assert_eq!(code(&b.hold(take(ino, LeaseKind::LeaseWrite)).await), ErrorCode::ErrorAccess);
@@ -136,12 +136,15 @@ async fn what_a_writer_buffers_is_flushed_before_others_look() {
         panic!("nobody else has it open")
     };
     assert_eq!(a.holds(ino), LeaseKind::LeaseWrite);
-    // A look by somebody else: the holder flushes, and may go on reading.
-    let looking = b
-        .send(dfs_proto::v1::request::Op::Query(dfs_proto::v1::Query {
-            op: Some(query::Op::GetAttr(GetAttr { ino, generation: 0 })),
-        }))
-        .await;
+    // What it looks like, the writer says, and goes on writing.
+    let looking = b.send(query_op(query::Op::GetAttr(GetAttr { ino, generation: 0 }))).await;
+    a.tell(|ask| Some(Attr { ino: ask.ino, size: 77, mode: 0o640, version: 1, ..Attr::default() })).await;
+    let Body::Entry(seen) = b.answer(looking).await else { panic!("no attributes") };
+    let seen = seen.attr.expect("attributes");
+    assert_eq!((seen.size, seen.mode, seen.nlink), (77, 0o640, 1));
+    assert_eq!((a.holds(ino), b.holds(ino)), (LeaseKind::LeaseWrite, LeaseKind::LeaseNone));
+    // Whoever needs more has it flushed, and may go on reading himself; so has whoever gets no answer.
+    let looking = b.send(query_op(query::Op::Access(Access { ino, mask: 4 }))).await;
     let recall = a.recall().await;
     assert_eq!((recall.ino, recall.keep()), (ino, LeaseKind::LeaseRead));
     assert_eq!(mode(&a.mutate(commit(ino)).await), 0o600);
@@ -218,5 +221,25 @@ async fn the_end_of_a_session_ends_its_leases_and_a_new_stream_says_which_are_le
     a.stay_alive();
     // It neither gives back nor says anything: it expires, and the change goes on.
     assert_eq!(mode(&a.mutate(chmod(ino, 0o600)).await), 0o600);
+    master.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_is_repeated_brings_no_lease() {
+    let dir = tempfile::tempdir().unwrap();
+    let master = start(dir.path()).await;
+    let (mut a, mut b) = (serve(master.address(), leasing()).await, serve(master.address(), leasing()).await);
+    let warm = a.create("warm", false).await.ino;
+    lease(&mut a, warm).await;
+    let seq = a.send(mutation_op(create("f", false))).await;
+    let Body::Entry(made) = a.answer(seq).await else { panic!("not made") };
+    let ino = made.attr.expect("attributes").ino;
+    // Its stream breaks and it says that it holds nothing: the answer was lost. Meanwhile the file is removed.
+    let mut again = serve(master.address(), Hello { takes_leases: true, ..a.resume() }).await.after(&a);
+    assert_eq!(code(&b.mutate(unlink("f")).await), ErrorCode::ErrorOk);
+    again.send_again(seq, mutation_op(create("f", false))).await;
+    let Body::Entry(made) = again.answer(seq).await else { panic!("another answer") };
+    assert_eq!(made.attr.expect("attributes").ino, ino);
+    assert_eq!((again.holds(ino), again.holds(ROOT)), (LeaseKind::LeaseNone, LeaseKind::LeaseNone));
     master.shutdown().await;
 }

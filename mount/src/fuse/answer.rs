@@ -98,8 +98,18 @@ impl Answer<ReplyXattr> {
 }
 
 impl Answer<ReplyEntry> {
+    /// Tells of an inode that was linked: the kernel takes the answer in without a look at what it was told since, so it must
+    /// believe nothing of it.
+    pub fn linked(&self, fs: &Shared, found: FsResult<Attr>) {
+        self.told(fs, found, Duration::ZERO, |_| Duration::ZERO);
+    }
+
     /// Tells of an inode that was looked up or made; `ttl`: how long its name may be believed.
-    pub async fn entry(&self, fs: &Shared, found: FsResult<Attr>, ttl: Duration) {
+    pub fn entry(&self, fs: &Shared, found: FsResult<Attr>, ttl: Duration) {
+        self.told(fs, found, ttl, |attr| fs.ttl(attr));
+    }
+
+    fn told(&self, fs: &Shared, found: FsResult<Attr>, ttl: Duration, attr_ttl: impl Fn(&Attr) -> Duration) {
         let attr = match found {
             Ok(attr) => attr,
             Err(error) => return self.fail(&error),
@@ -108,7 +118,7 @@ impl Answer<ReplyEntry> {
             Ok(shown) => {
                 let ino = InodeNo(attr.ino);
                 fs.inodes.looked_up(ino, attr.kind() == Kind::Dir);
-                let attr_ttl = fs.ttl(&attr);
+                let attr_ttl = attr_ttl(&attr);
                 let generation = Generation(attr.generation);
                 if !self.send(|reply| reply.entry_with_ttls(&attr_ttl, &ttl, &shown, generation)) {
                     fs.inodes.forget(ino, 1);

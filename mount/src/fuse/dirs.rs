@@ -123,11 +123,16 @@ impl Shared {
             Err(error) => return answer.fail(&error),
         };
         let mut told = 0;
-        let sent = answer.send(|mut reply| {
-            told = self.fill(&mut reply, dir, &page, &dots);
+        // Before it is looked how long names may be believed, and again when they are on their way.
+        let listing = || {
             if L::PLUS {
                 *dir.listed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
             }
+        };
+        listing();
+        let sent = answer.send(|mut reply| {
+            told = self.fill(&mut reply, dir, &page, &dots);
+            listing();
             reply.ok();
         });
         if sent && told > 0 {
@@ -196,12 +201,12 @@ impl Shared {
         }
         for entry in &page.entries[page.next..] {
             let ino = InodeNo(entry.ino);
+            // Counted before it is looked how long it may be believed, and before the kernel can forget it.
+            if L::PLUS {
+                self.inodes.looked_up(ino, entry.kind() == Kind::Dir);
+            }
             let attr = if L::PLUS { self.entry_attr(dir, entry) } else { None };
             let added = self.line(entry, attr.as_ref()).map(|line| {
-                // Counted before the kernel can forget it.
-                if L::PLUS {
-                    self.inodes.looked_up(ino, entry.kind() == Kind::Dir);
-                }
                 let full = reply.add(&line);
                 if full && L::PLUS {
                     self.inodes.forget(ino, 1);
@@ -211,7 +216,12 @@ impl Shared {
             match added {
                 Ok(false) => {}
                 Ok(true) => return told,
-                Err(error) => tracing::warn!(%ino, %error, "a directory entry was left out"),
+                Err(error) => {
+                    if L::PLUS {
+                        self.inodes.forget(ino, 1);
+                    }
+                    tracing::warn!(%ino, %error, "a directory entry was left out");
+                }
             }
             told += 1;
         }

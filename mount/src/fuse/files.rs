@@ -16,6 +16,7 @@ use fuser::{
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The most one copy_file_range answers for; the kernel takes 32 bits and asks again for the rest.
 const COPY_MAX: u64 = 1 << 31;
@@ -70,6 +71,8 @@ impl Shared {
                 self.inodes.looked_up(ino, false);
                 // One time-out for both.
                 let ttl = self.ttl(&made.attr).min(self.name_ttl(parent, &name));
+                // As with a link: what was there before, the kernel may know better by now.
+                let ttl = if made.created { ttl } else { Duration::ZERO };
                 let generation = Generation(made.attr.generation);
                 if !answer.send(|reply| reply.created(&ttl, &shown, generation, handle, how)) {
                     self.inodes.forget(ino, 1);

@@ -52,7 +52,7 @@ impl Filesystem for Dfs {
             let client = &fs.client;
             // With file handles (NFS, open_by_handle_at) the kernel asks for these two as well.
             if &child[..] == b"." || (&child[..] == b".." && parent == fs.inodes.root()) {
-                return answer.entry(&fs, client.getattr(parent).await, Duration::ZERO).await;
+                return answer.entry(&fs, client.getattr(parent).await, Duration::ZERO);
             }
             let cached = client.cached_lookup(parent, &child);
             let fresh = cached.is_none();
@@ -63,12 +63,12 @@ impl Filesystem for Dfs {
                     match client.cached_lookup(parent, &child) {
                         Some(known) => known,
                         // Overtaken by a change of our own: right now, but not to be believed any longer.
-                        None => return answer.entry(&fs, found, Duration::ZERO).await,
+                        None => return answer.entry(&fs, found, Duration::ZERO),
                     }
                 }
             };
             match known {
-                Ok((attr, ttl)) => answer.entry(&fs, Ok(attr), ttl).await,
+                Ok((attr, ttl)) => answer.entry(&fs, Ok(attr), ttl),
                 Err(error) if error.code == ErrorCode::ErrorNotFound && fresh => {
                     match client.cached_absence(parent, &child) {
                         Some(ttl) => answer.absent(&ttl),
@@ -268,8 +268,7 @@ impl Filesystem for Dfs {
         let caller = Caller::of(request);
         self.0.serve(request, reply, Patience::Killed, move |fs, answer| async move {
             let linked = fs.client.link(&caller.cred(), ino, parent, &child).await;
-            // The kernel does not order this answer with its other news of the inode: it must not believe it.
-            answer.entry(&fs, linked, Duration::ZERO).await;
+            answer.linked(&fs, linked);
         });
     }
 

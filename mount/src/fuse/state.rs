@@ -108,7 +108,7 @@ impl Dfs {
             let (parent, name) = (InodeNo(what.parent), what.name.clone());
             let made = fs.client.create(&caller.cred(), what).await.map(|made| made.attr);
             let ttl = fs.name_ttl(parent, &name);
-            answer.entry(&fs, made, ttl).await;
+            answer.entry(&fs, made, ttl);
         });
     }
 
