@@ -52,6 +52,7 @@ pub struct Plan {
     /// The longest pause, in milliseconds.
     longest: u64,
     clients_first: bool,
+    only_failovers: bool,
     fired: BTreeMap<&'static str, u64>,
 }
 
@@ -68,6 +69,7 @@ impl Plan {
             turn: 0,
             longest: 3_000,
             clients_first: false,
+            only_failovers: false,
             fired: BTreeMap::new(),
         }
     }
@@ -75,6 +77,11 @@ impl Plan {
     /// Faults of clients at work together: some last longer than a session lives, and clients are cut off more often.
     pub fn among(seed: u64, masters: &[String], chunkds: &[String], clients: &[String]) -> Self {
         Self { longest: 9_000, clients_first: true, ..Self::new(seed, masters, chunkds, clients) }
+    }
+
+    /// Nothing but failovers behind a client's back.
+    pub fn failovers(seed: u64, masters: &[String], chunkds: &[String], clients: &[String]) -> Self {
+        Self { only_failovers: true, ..Self::among(seed, masters, chunkds, clients) }
     }
 
     /// The fault that begins now, if one does.
@@ -90,7 +97,7 @@ impl Plan {
             self.turn = self.random.random_range(0..kinds);
         }
         self.turn += 1;
-        let fault = match self.turn % kinds {
+        let fault = match if self.only_failovers { 4 } else { self.turn % kinds } {
             0 => Fault::Crash { host: Self::one(&mut self.random, &self.masters), pause },
             1 => Fault::Crash { host: Self::one(&mut self.random, &self.chunkds), pause },
             4 => {

@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 /// How many seeds run when nothing is said.
 const SEEDS: u64 = 10;
 /// How many seeds a deliberate defect may take to be noticed.
-const DEFECT_SEEDS: u64 = 20;
+const DEFECT_SEEDS: u64 = 40;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name)
@@ -85,7 +85,11 @@ fn histories_of_shared_names_and_files_are_linearizable() {
 fn defects_of_leases_are_noticed() {
     for defect in [Defect::LateInvalidation, Defect::NoGrace, Defect::GrantedTwice] {
         defect::set(Some(defect));
-        let noticed = (1..=DEFECT_SEEDS).find_map(|seed| shared::run(seed).err().map(|why| (seed, why)));
+        let run = |seed| match defect {
+            Defect::NoGrace => shared::run_under(seed, faults::Plan::failovers),
+            Defect::LateInvalidation | Defect::GrantedTwice => shared::run(seed),
+        };
+        let noticed = (1..=DEFECT_SEEDS).find_map(|seed| run(seed).err().map(|why| (seed, why)));
         defect::set(None);
         let (seed, why) =
             noticed.unwrap_or_else(|| panic!("{defect:?} was not noticed by {DEFECT_SEEDS} seeds"));

@@ -325,6 +325,14 @@ pub struct Report {
 
 /// Runs one seed: four clients under the faults of `plan`, for half a minute.
 pub fn run(seed: u64) -> Result<Report, Violation> {
+    run_under(seed, Plan::among)
+}
+
+/// What makes the faults of a seed, from masters, chunk daemons and clients.
+type Faults = fn(u64, &[String], &[String], &[String]) -> Plan;
+
+/// The same under other faults.
+pub fn run_under(seed: u64, faults: Faults) -> Result<Report, Violation> {
     let mut sim = world::network(seed);
     let storages: Vec<Arc<SimStorage>> = world::masters().iter().map(|_| SimStorage::new()).collect();
     for (id, storage) in (1..).zip(&storages) {
@@ -337,7 +345,7 @@ pub fn run(seed: u64) -> Result<Report, Violation> {
     for (id, host) in (1..).zip(&clients) {
         start_client(&mut sim, id, host, clients.len() as u64, seed, Arc::clone(&histories));
     }
-    let mut plan = Plan::among(seed, &world::masters(), &world::hosts(&machines), &clients);
+    let mut plan = faults(seed, &world::masters(), &world::hosts(&machines), &clients);
     let mut watch = Watch::new(storages, world::disks(&machines));
     world::drive(&mut sim, &mut plan, &machines, &mut watch, seed)?;
     let histories = histories.lock().expect("one thread");
