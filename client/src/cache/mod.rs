@@ -29,9 +29,7 @@ const STAMPS: usize = 4096;
 /// Taken before a question is asked; says which answers may be kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Ticket {
-    stamp: u64,
-    /// As many leases had been given up.
-    given_up: u64,
+    taken: u64,
 }
 
 /// What is known of attributes and names. Bounded; the least recently used go first.
@@ -80,20 +78,17 @@ impl Cache {
     /// To be taken before a question is asked.
     #[must_use]
     pub fn ticket(&self) -> Ticket {
-        let now = self.clock.load(Ordering::SeqCst);
-        Ticket { stamp: now, given_up: now }
+        Ticket { taken: self.clock.load(Ordering::SeqCst) }
     }
 
     /// A change by this client to the inode or to the directory's names has ended.
     pub fn changed(&self, ino: InodeNo) {
-        let now = self.clock.fetch_add(1, Ordering::SeqCst) + 1;
-        self.stamps[stamp_of(ino)].fetch_max(now, Ordering::SeqCst);
+        self.overtake(ino);
     }
 
     /// A lease is about to be given up: what was asked under it is not kept under the next one.
     pub fn leaving(&self, ino: InodeNo) {
-        let now = self.clock.fetch_add(1, Ordering::SeqCst) + 1;
-        self.stamps[stamp_of(ino)].fetch_max(now, Ordering::SeqCst);
+        let now = self.overtake(ino);
         self.given_up[stamp_of(ino)].fetch_max(now, Ordering::SeqCst);
     }
 
@@ -244,14 +239,21 @@ impl Cache {
         Some(self.leases.left()).filter(|left| !left.is_zero())
     }
 
+    /// Overtakes every ticket taken so far; says when.
+    fn overtake(&self, ino: InodeNo) -> u64 {
+        let now = self.clock.fetch_add(1, Ordering::SeqCst) + 1;
+        self.stamps[stamp_of(ino)].fetch_max(now, Ordering::SeqCst);
+        now
+    }
+
     fn overtaken(&self, ticket: &Ticket, ino: InodeNo) -> bool {
-        self.stamps[stamp_of(ino)].load(Ordering::SeqCst) > ticket.stamp
+        self.stamps[stamp_of(ino)].load(Ordering::SeqCst) > ticket.taken
     }
 
     /// The term in which the answer to an own change may be believed: it was given under this lease, not an earlier one.
     fn term_of(&self, ticket: &Ticket, ino: InodeNo) -> Option<Term> {
         let term = self.leases.term(ino)?;
-        (self.given_up[stamp_of(ino)].load(Ordering::SeqCst) <= ticket.given_up).then_some(term)
+        (self.given_up[stamp_of(ino)].load(Ordering::SeqCst) <= ticket.taken).then_some(term)
     }
 
     fn attr_shard(&self, ino: InodeNo) -> MutexGuard<'_, LruCache<u64, Known>> {
