@@ -69,11 +69,27 @@ impl Term {
     }
 }
 
+/// When the master looked at what it answered: on which stream, and after how many changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub stream: u64,
+    pub clock: u64,
+}
+
+impl Seen {
+    /// Whether what was seen now holds under a lease that has been there since then.
+    fn is_under(self, since: Self) -> bool {
+        self.stream == since.stream && self.clock >= since.clock
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Held {
     kind: Kind,
     /// The number of its last grant.
     grant: u64,
+    /// Nobody else has changed the inode since then.
+    since: Seen,
     term: Term,
     /// The inode's version when it was last seen under it.
     version: u64,
@@ -151,16 +167,25 @@ impl Leases {
         Duration::from_millis(self.deadline.load(Ordering::SeqCst).saturating_sub(now))
     }
 
-    /// A lease was granted. Answers one that is to be given up for it, if there are too many.
-    pub fn granted(&self, ino: InodeNo, kind: Kind, grant: u64) -> Option<(InodeNo, Kind)> {
+    /// A lease was granted with an answer that was seen then. Answers one that is to be given up for it, if there are too
+    /// many.
+    pub fn granted(&self, ino: InodeNo, kind: Kind, grant: u64, since: Seen) -> Option<(InodeNo, Kind)> {
         let term = Term(self.next_term.fetch_add(1, Ordering::Relaxed));
         let mut shard = self.shard(ino);
         match shard.get_mut(&ino) {
             // One lease goes on as another: what was learned under it is as good as before.
             Some(held) => (held.kind, held.grant) = (kind, grant),
             None => {
-                let held =
-                    Held { kind, grant, term, version: 0, reserved: false, wanted: None, leaving: None };
+                let held = Held {
+                    kind,
+                    grant,
+                    since,
+                    term,
+                    version: 0,
+                    reserved: false,
+                    wanted: None,
+                    leaving: None,
+                };
                 shard.put(ino, held);
             }
         }
@@ -181,6 +206,20 @@ impl Leases {
         let term = held.term;
         drop(shard);
         (!self.left().is_zero()).then_some(term)
+    }
+
+    /// The term under which what the master saw then may be kept.
+    #[must_use]
+    pub fn term_at(&self, ino: InodeNo, seen: Seen) -> Option<Term> {
+        let term = self.term(ino)?;
+        let held = self.shard(ino).peek(&ino).copied()?;
+        (held.term == term && seen.is_under(held.since)).then_some(term)
+    }
+
+    /// Time since boot.
+    #[must_use]
+    pub fn now(&self) -> Duration {
+        self.clock.boot()
     }
 
     /// The inode was seen in this version under its lease.
@@ -333,13 +372,13 @@ impl Leases {
         Some(grant)
     }
 
-    /// What is held, to be asserted to a master; its grants are numbered 0 from here on.
+    /// What is held, to be asserted to a master on a stream that begins; grants are numbered 0 from here on.
     #[must_use]
-    pub fn assert(&self) -> Asserted {
+    pub fn assert(&self, begins: Seen) -> Asserted {
         let mut asserted = Asserted::default();
         for shard in &self.shards {
             for (ino, held) in shard.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
-                held.grant = 0;
+                (held.grant, held.since) = (0, begins);
                 match held.kind {
                     Kind::Read => asserted.read.push(ino.get()),
                     Kind::Write => asserted.write.push(ino.get()),
@@ -392,6 +431,9 @@ pub mod testing {
     use super::*;
     use std::time::SystemTime;
 
+    /// When answers and leases of tests were seen.
+    pub const SEEN: Seen = Seen { stream: 1, clock: 1 };
+
     pub struct TestClock(AtomicU64);
 
     impl TestClock {
@@ -423,6 +465,7 @@ pub mod testing {
 mod tests {
     use super::testing::leases;
     use super::*;
+    use crate::leases::testing::SEEN;
 
     const INO: InodeNo = InodeNo(5);
 
@@ -430,10 +473,10 @@ mod tests {
     fn a_write_lease_that_is_recalled_takes_no_more_bytes_and_may_leave_a_read_lease() {
         let (leases, clock) = leases();
         assert_eq!(leases.writing(INO, None, || ()), None);
-        leases.granted(INO, Kind::Read, 1);
+        leases.granted(INO, Kind::Read, 1, SEEN);
         let term = leases.term(INO).expect("held");
         assert_eq!(leases.writing(INO, None, || ()), None);
-        leases.granted(INO, Kind::Write, 2);
+        leases.granted(INO, Kind::Write, 2, SEEN);
         assert_eq!(leases.writing(INO, Some(term), || 7), Some(7));
         assert!(leases.is_current(INO, term), "an upgrade begins no other term");
         assert_eq!(leases.recalled(INO, 1, None), Err(Some(1)), "an older grant");
@@ -447,14 +490,14 @@ mod tests {
         assert_eq!(leases.left_behind(INO, Some(Kind::Read)), None);
         assert_eq!(leases.left_behind(INO, None), Some(2));
         assert_eq!((leases.left_behind(INO, None), leases.count()), (None, 0));
-        leases.granted(INO, Kind::Read, 5);
+        leases.granted(INO, Kind::Read, 5, SEEN);
         assert_eq!(leases.recalled(INO, 5, None), Ok(Kind::Read));
         leases.forget(INO);
         assert_eq!(leases.left_behind(INO, None), Some(5), "the master waits for it");
-        leases.granted(INO, Kind::Read, 6);
+        leases.granted(INO, Kind::Read, 6, SEEN);
         leases.forget(INO);
         assert_eq!(leases.count(), 0);
-        leases.granted(INO, Kind::Write, 3);
+        leases.granted(INO, Kind::Write, 3, SEEN);
         clock.pass(Duration::from_secs(18));
         assert_eq!(
             (leases.writing(INO, None, || ()), leases.term(INO)),
@@ -470,7 +513,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_lease_that_was_waited_for_is_used_before_it_is_given_up() {
         let (leases, _) = leases();
-        leases.granted(INO, Kind::Write, 1);
+        leases.granted(INO, Kind::Write, 1, SEEN);
         leases.reserve(INO);
         assert_eq!(leases.recalled(INO, 1, None), Ok(Kind::Write));
         assert_eq!(leases.recalled(INO, 1, Some(Kind::Read)), Err(None));
@@ -479,7 +522,7 @@ mod tests {
         assert_eq!(leases.writing(INO, None, || ()), None);
         assert_eq!(leases.left_behind(INO, None), Some(1));
         // Nobody comes to use it.
-        leases.granted(INO, Kind::Write, 2);
+        leases.granted(INO, Kind::Write, 2, SEEN);
         leases.reserve(INO);
         assert!(leases.recalled(INO, 2, None).is_ok());
         assert_eq!(leases.depart(INO).await, Some(Kind::Write));
@@ -493,14 +536,14 @@ mod tests {
         leases.confirmed(clock.boot(), Duration::from_secs(20));
         let ino = |n: usize| InodeNo((n * SHARDS) as u64);
         assert_eq!(
-            (leases.granted(ino(1), Kind::Read, 1), leases.granted(ino(2), Kind::Write, 1)),
+            (leases.granted(ino(1), Kind::Read, 1, SEEN), leases.granted(ino(2), Kind::Write, 1, SEEN)),
             (None, None)
         );
         assert!(leases.term(ino(1)).is_some());
-        assert_eq!(leases.granted(ino(3), Kind::Read, 1), Some((ino(2), Kind::Write)));
+        assert_eq!(leases.granted(ino(3), Kind::Read, 1, SEEN), Some((ino(2), Kind::Write)));
         assert_eq!(leases.kind(ino(2)), None);
         assert_eq!(leases.left_behind(ino(2), None), Some(1));
-        let mut asserted = leases.assert();
+        let mut asserted = leases.assert(SEEN);
         asserted.read.sort_unstable();
         assert_eq!(asserted, Asserted { read: vec![ino(1).get(), ino(3).get()], write: Vec::new() });
         assert_eq!(leases.recalled(ino(1), 0, None), Ok(Kind::Read));

@@ -12,6 +12,11 @@ pub enum Defect {
     GrantedTwice,
 }
 
+impl Defect {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::LateInvalidation, Self::NoGrace, Self::GrantedTwice];
+}
+
 #[cfg(feature = "defects")]
 thread_local! {
     static DEFECT: std::cell::Cell<Option<Defect>> = const { std::cell::Cell::new(None) };

@@ -24,13 +24,14 @@ pub fn env(disk: &SimDisk, seed: u64) -> Env {
 
 struct SimClock;
 
+// When a world has ended its machines are dropped, and what they drop may still ask for the time: then there is none.
 impl Clock for SimClock {
     fn system(&self) -> SystemTime {
-        SystemTime::UNIX_EPOCH + turmoil::since_epoch().expect("called from a simulated machine")
+        SystemTime::UNIX_EPOCH + turmoil::since_epoch().unwrap_or_default()
     }
 
     fn boot(&self) -> Duration {
-        turmoil::sim_elapsed().expect("called from a simulated machine")
+        turmoil::sim_elapsed().unwrap_or_default()
     }
 }
 

@@ -5,6 +5,7 @@
 use crate::checkers::Watch;
 use crate::faults::Plan;
 use crate::linear::{self, Event, Object};
+use crate::seeds::Report;
 use crate::workload::Violation;
 use crate::world::{self, Machine};
 use dfs_client::{Client, ClientConfig, OpenFile, OpenFlags, Privileges};
@@ -12,7 +13,6 @@ use dfs_master::raft::SimStorage;
 use dfs_proto::v1::{Attr, Create, Cred, ErrorCode, Kind, SetAttr};
 use dfs_proto::{FsResult, InodeNo};
 use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -212,6 +212,7 @@ impl Worker {
         let patience = if reads { READ_PATIENCE } else { PATIENCE };
         let ended = tokio::time::timeout(patience, self.dir_op(&op)).await;
         let result = seen(ended).map(|result| result.unwrap_or(DirResult::Refused));
+        tracing::trace!(?op, ?called, ?result, "ended");
         let mut histories = self.histories.lock().expect("one thread");
         histories.done += u64::from(result.is_some());
         let returned = result.map(|result| (now(), result));
@@ -270,6 +271,7 @@ impl Worker {
         let patience = if reads { READ_PATIENCE } else { PATIENCE };
         let ended = tokio::time::timeout(patience, self.file_op(which, &op)).await;
         let result = seen(ended).and_then(Result::ok);
+        tracing::trace!(which, ?op, ?called, ?result, "ended");
         let mut histories = self.histories.lock().expect("one thread");
         histories.done += u64::from(result.is_some());
         let returned = result.map(|result| (now(), result));
@@ -316,23 +318,11 @@ impl Worker {
 
 // ---- the world ----
 
-/// What one seed did.
-#[derive(Debug, Default)]
-pub struct Report {
-    pub operations: u64,
-    pub faults: BTreeMap<&'static str, u64>,
-}
-
-/// Runs one seed: four clients under the faults of `plan`, for half a minute.
-pub fn run(seed: u64) -> Result<Report, Violation> {
-    run_under(seed, Plan::among)
-}
-
 /// What makes the faults of a seed, from masters, chunk daemons and clients.
 type Faults = fn(u64, &[String], &[String], &[String]) -> Plan;
 
-/// The same under other faults.
-pub fn run_under(seed: u64, faults: Faults) -> Result<Report, Violation> {
+/// Runs one seed: three to five clients under faults, for half a minute.
+pub fn run(seed: u64, faults: Faults) -> Result<Report, Violation> {
     let mut sim = world::network(seed);
     let storages: Vec<Arc<SimStorage>> = world::masters().iter().map(|_| SimStorage::new()).collect();
     for (id, storage) in (1..).zip(&storages) {
@@ -353,7 +343,10 @@ pub fn run_under(seed: u64, faults: Faults) -> Result<Report, Violation> {
     for (which, history) in histories.files.iter().enumerate() {
         linear::check(history.clone()).map_err(|why| format!("the history of file {which}: {why}"))?;
     }
-    Ok(Report { operations: histories.done, faults: plan.fired().clone() })
+    if histories.done < 100 {
+        return Err(format!("only {} operations ended", histories.done));
+    }
+    Ok(world::report(histories.done, &plan, &(&histories.dir, &histories.files)))
 }
 
 fn loses_sessions(seed: u64) -> bool {

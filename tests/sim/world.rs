@@ -1,9 +1,10 @@
 //! The simulated cluster: three masters, four chunk daemons and two clients, on turmoil's network, from one seed.
 
-use crate::checkers::Watch;
+use crate::checkers::{Watch, i7};
 use crate::disk::{Losses, SimDisk};
 use crate::env::env;
 use crate::faults::{Fault, Plan};
+use crate::seeds::Report;
 use crate::workload::{Model, Violation, Workload, verify_dir};
 use dfs_client::{Client, ClientConfig};
 use dfs_env::Disk;
@@ -12,6 +13,8 @@ use dfs_proto::InodeNo;
 use dfs_proto::token::ClusterKey;
 use dfs_proto::units::ByteSize;
 use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -29,16 +32,10 @@ pub const FAULTS_END: Duration = Duration::from_secs(25);
 const AMBUSH: Duration = Duration::from_secs(4);
 const THINK: Duration = Duration::from_millis(15);
 const SESSION_TTL: Duration = Duration::from_secs(20);
+/// How many times in a row, a tenth of a second apart, masters must be alike to be at rest; and how often it is looked.
+const QUIET: u32 = 20;
+const CATCH_UP: u32 = 600;
 const RUN_END: Duration = Duration::from_secs(240);
-
-/// What one seed did.
-#[derive(Debug, Default)]
-pub struct Report {
-    pub operations: u64,
-    pub faults: BTreeMap<&'static str, u64>,
-    pub missing: Vec<&'static str>,
-    pub losses: Losses,
-}
 
 pub struct Machine {
     host: String,
@@ -79,7 +76,7 @@ pub fn run(seed: u64) -> Result<Report, Violation> {
     let machines = start_chunkds(&mut sim, seed);
     let progress = Arc::new(Mutex::new(Progress::default()));
     for id in 1..=CLIENTS {
-        start_client(&mut sim, id, seed, Arc::clone(&progress));
+        start_client(&mut sim, id, seed, Arc::clone(&progress), storages.clone());
     }
     let clients: Vec<String> = (1..=CLIENTS).map(|id| format!("client-{id}")).collect();
     let mut plan = Plan::new(seed, &masters(), &hosts(&machines), &clients);
@@ -87,12 +84,26 @@ pub fn run(seed: u64) -> Result<Report, Violation> {
     let losses = drive(&mut sim, &mut plan, &machines, &mut watch, seed)?;
     let progress = progress.lock().expect("one thread");
     watch.at_end(&progress.acknowledged)?;
-    Ok(Report {
-        operations: progress.operations,
-        faults: plan.fired().clone(),
-        missing: plan.missing(),
-        losses,
-    })
+    if !plan.missing().is_empty() {
+        return Err(format!("faults that never fired: {:?}", plan.missing()));
+    }
+    if progress.operations < 50 {
+        return Err(format!("only {} operations were done", progress.operations));
+    }
+    let mut report = report(progress.operations, &plan, &(&progress.models, sim.elapsed()));
+    report.insert("crash lost a write".to_owned(), losses.writes_lost);
+    report.insert("crash tore a write".to_owned(), losses.writes_torn);
+    report.insert("crash lost a name".to_owned(), losses.names_lost);
+    Ok(report)
+}
+
+/// What a seed did, with a digest of what happened.
+pub fn report(operations: u64, plan: &Plan, happened: &impl Debug) -> Report {
+    let mut trace = DefaultHasher::new();
+    format!("{happened:?}").hash(&mut trace);
+    let faults = plan.fired().iter().map(|(fault, count)| ((*fault).to_owned(), *count));
+    let all = [("operations".to_owned(), operations), ("trace".to_owned(), trace.finish())];
+    all.into_iter().chain(faults).collect()
 }
 
 /// The network, and the order of everything, from a seed.
@@ -273,7 +284,26 @@ fn start_chunkd(sim: &mut turmoil::Sim<'_>, id: u64, seed: u64) -> Machine {
     Machine { host, disk }
 }
 
-fn start_client(sim: &mut turmoil::Sim<'_>, id: u64, seed: u64, progress: Arc<Mutex<Progress>>) {
+/// Waits until all masters have applied the same entries, and no more come.
+async fn rest(masters: &[Arc<SimStorage>]) -> Result<(), Violation> {
+    let mut alike = 0;
+    for _ in 0..CATCH_UP {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        alike = if i7::alike(masters)? { alike + 1 } else { 0 };
+        if alike == QUIET {
+            return Ok(());
+        }
+    }
+    Err(format!("after {CATCH_UP} tenths of a second the masters are not at rest"))
+}
+
+fn start_client(
+    sim: &mut turmoil::Sim<'_>,
+    id: u64,
+    seed: u64,
+    progress: Arc<Mutex<Progress>>,
+    masters: Vec<Arc<SimStorage>>,
+) {
     let env = client_env(id, seed);
     sim.client(format!("client-{id}"), async move {
         let config = ClientConfig {
@@ -308,8 +338,7 @@ fn start_client(sim: &mut turmoil::Sim<'_>, id: u64, seed: u64, progress: Arc<Mu
                 .map_err(|violation| format!("client-{id} in {name}: {violation}"))?;
         }
         client.shutdown().await?;
-        // Masters that were behind catch up before they are compared.
-        tokio::time::sleep(Duration::from_secs(3)).await;
+        rest(&masters).await?;
         Ok(())
     });
 }

@@ -8,12 +8,15 @@
 //!   leaves its stamp when it ends ([`Cache::changed`]). What was kept while the change was under way, it replaces. A lease that
 //!   is given up leaves one, too.
 
+mod doubts;
 mod whole;
 
-use crate::leases::{Leases, Term};
+use crate::leases::{Leases, Seen, Term};
 use bytes::Bytes;
 use dfs_proto::InodeNo;
 use dfs_proto::v1::{Attr, Timestamp};
+use doubts::Doubts;
+pub use doubts::Touched;
 use lru::LruCache;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,16 +33,25 @@ const STAMPS: usize = 4096;
 #[derive(Clone, Copy, Debug)]
 pub struct Ticket {
     taken: u64,
+    /// When the master looked at what it answered.
+    seen: Option<Seen>,
+}
+
+impl Ticket {
+    /// The answer has come, and the master looked then; None: it is not to be believed.
+    #[must_use]
+    pub const fn at(self, seen: Option<Seen>) -> Self {
+        Self { seen, ..self }
+    }
 }
 
 /// What is known of attributes and names. Bounded; the least recently used go first.
 pub struct Cache {
     leases: Arc<Leases>,
     clock: AtomicU64,
-    /// When an own change of the inodes that share a stamp ended last, or a lease of one was given up.
+    /// When an own change of the inodes that share a stamp ended last.
     stamps: Vec<AtomicU64>,
-    /// The latter alone.
-    given_up: Vec<AtomicU64>,
+    doubts: Doubts,
     attrs: Vec<Mutex<LruCache<u64, Known>>>,
     names: Vec<Mutex<LruCache<(u64, Bytes), Named>>>,
     whole: Mutex<WholeDirs>,
@@ -68,7 +80,7 @@ impl Cache {
             leases,
             clock: AtomicU64::new(1),
             stamps: (0..STAMPS).map(|_| AtomicU64::new(0)).collect(),
-            given_up: (0..STAMPS).map(|_| AtomicU64::new(0)).collect(),
+            doubts: Doubts::default(),
             attrs: (0..SHARDS).map(|_| Mutex::new(LruCache::new(shard))).collect(),
             names: (0..SHARDS).map(|_| Mutex::new(LruCache::new(shard))).collect(),
             whole: Mutex::new(WholeDirs::new()),
@@ -78,25 +90,33 @@ impl Cache {
     /// To be taken before a question is asked.
     #[must_use]
     pub fn ticket(&self) -> Ticket {
-        Ticket { taken: self.clock.load(Ordering::SeqCst) }
+        Ticket { taken: self.clock.load(Ordering::SeqCst), seen: None }
     }
 
-    /// A change by this client to the inode or to the directory's names has ended.
+    /// A change by this client begins: nothing that it touches is believed before [`Cache::changed_or_not`].
+    pub fn changing(&self, touched: Touched) -> u64 {
+        self.doubts.begin(touched)
+    }
+
+    /// The answer to a change was learned; or it will never come.
+    pub fn changed_or_not(&self, change: u64, answered: bool) {
+        if answered {
+            self.doubts.end(change);
+        } else {
+            self.doubts.give_up(change, self.leases.now());
+        }
+    }
+
+    /// A change by this client to the inode or to the directory's names has ended: it overtakes every ticket taken so far.
     pub fn changed(&self, ino: InodeNo) {
-        self.overtake(ino);
-    }
-
-    /// A lease is about to be given up: what was asked under it is not kept under the next one.
-    pub fn leaving(&self, ino: InodeNo) {
-        let now = self.overtake(ino);
-        self.given_up[stamp_of(ino)].fetch_max(now, Ordering::SeqCst);
+        let now = self.clock.fetch_add(1, Ordering::SeqCst) + 1;
+        self.stamps[stamp_of(ino)].fetch_max(now, Ordering::SeqCst);
     }
 
     /// Keeps the answer to a question.
     pub fn put_attr(&self, ticket: &Ticket, attr: &Attr) {
         let ino = InodeNo(attr.ino);
-        // Looked at first: a lease that began later began after what overtakes the ticket.
-        let term = self.leases.term(ino);
+        let term = self.term_of(ticket, ino);
         if !self.overtaken(ticket, ino) {
             self.insert_attr(attr, term);
         }
@@ -151,7 +171,8 @@ impl Cache {
     #[must_use]
     pub fn attr(&self, ino: InodeNo) -> Option<(Attr, Duration)> {
         let known = *self.attr_shard(ino).get(&ino.get())?;
-        Some((known.attr, self.left(ino, known.term)?))
+        let left = self.left(ino, known.term)?;
+        (!self.doubts.touches(ino, self.leases.now())).then_some((known.attr, left))
     }
 
     /// The attributes of an inode as they were last known, however long ago.
@@ -162,7 +183,7 @@ impl Cache {
 
     /// Keeps the answer to the question what a name stands for; `None`: nothing.
     pub fn put_name(&self, ticket: &Ticket, parent: InodeNo, name: &[u8], ino: Option<InodeNo>) {
-        let named = Named { ino, term: self.leases.term(parent) };
+        let named = Named { ino, term: self.term_of(ticket, parent) };
         if self.overtaken(ticket, parent) {
             return;
         }
@@ -204,6 +225,9 @@ impl Cache {
     /// What a name stands for (`None`: nothing) and how long that may still be believed.
     #[must_use]
     pub fn name(&self, parent: InodeNo, name: &[u8]) -> Option<(Option<InodeNo>, Duration)> {
+        if self.doubts.touches_name(parent, name, self.leases.now()) {
+            return None;
+        }
         let named = self.name_shard(parent, name).get(&(parent.get(), Bytes::copy_from_slice(name))).copied();
         if let Some(named) = named
             && let Some(left) = self.left(parent, named.term)
@@ -239,21 +263,13 @@ impl Cache {
         Some(self.leases.left()).filter(|left| !left.is_zero())
     }
 
-    /// Overtakes every ticket taken so far; says when.
-    fn overtake(&self, ino: InodeNo) -> u64 {
-        let now = self.clock.fetch_add(1, Ordering::SeqCst) + 1;
-        self.stamps[stamp_of(ino)].fetch_max(now, Ordering::SeqCst);
-        now
-    }
-
     fn overtaken(&self, ticket: &Ticket, ino: InodeNo) -> bool {
         self.stamps[stamp_of(ino)].load(Ordering::SeqCst) > ticket.taken
     }
 
-    /// The term in which the answer to an own change may be believed: it was given under this lease, not an earlier one.
+    /// The term in which an answer may be believed: nobody else has changed the inode since the master looked.
     fn term_of(&self, ticket: &Ticket, ino: InodeNo) -> Option<Term> {
-        let term = self.leases.term(ino)?;
-        (self.given_up[stamp_of(ino)].load(Ordering::SeqCst) <= ticket.taken).then_some(term)
+        self.leases.term_at(ino, ticket.seen?)
     }
 
     fn attr_shard(&self, ino: InodeNo) -> MutexGuard<'_, LruCache<u64, Known>> {
@@ -280,17 +296,22 @@ fn spread(value: u64) -> usize {
 mod tests {
     use super::*;
     use crate::leases::Kind;
-    use crate::leases::testing::{TestClock, leases};
+    use crate::leases::testing::{SEEN, TestClock, leases};
     use dfs_env::Clock;
 
     fn attr(ino: u64, version: u64) -> Attr {
         Attr { ino, version, ..Attr::default() }
     }
 
+    /// A ticket for an answer that was seen when the leases of tests began.
+    fn fresh(cache: &Cache) -> Ticket {
+        cache.ticket().at(Some(SEEN))
+    }
+
     fn cache(inos: &[u64]) -> (Cache, Arc<Leases>, Arc<TestClock>) {
         let (leases, clock) = leases();
         for ino in inos {
-            leases.granted(InodeNo(*ino), Kind::Read, 1);
+            leases.granted(InodeNo(*ino), Kind::Read, 1, SEEN);
         }
         (Cache::new(Arc::clone(&leases), 64), leases, clock)
     }
@@ -299,29 +320,42 @@ mod tests {
     fn an_answer_is_believed_under_its_lease_and_never_replaces_a_later_version() {
         let (cache, leases, clock) = cache(&[7]);
         let ino = InodeNo(7);
-        cache.put_attr(&cache.ticket(), &attr(7, 5));
+        cache.put_attr(&fresh(&cache), &attr(7, 5));
         clock.pass(Duration::from_secs(4));
         assert_eq!(cache.attr(ino).map(|(a, left)| (a.version, left.as_secs())), Some((5, 14)));
-        cache.put_attr(&cache.ticket(), &attr(7, 4));
+        cache.put_attr(&fresh(&cache), &attr(7, 4));
         assert_eq!(cache.attr(ino).map(|(a, _)| a.version), Some(5));
         clock.pass(Duration::from_secs(14));
         assert!(cache.attr(ino).is_none(), "the master may have given the session up");
         leases.confirmed(clock.boot(), Duration::from_secs(20));
         assert!(cache.attr(ino).is_some());
-        let changing = cache.ticket();
+        let changing = fresh(&cache);
         assert_eq!(leases.recalled(ino, 1, None), Ok(Kind::Read));
         assert!(cache.attr(ino).is_none());
-        cache.leaving(ino);
         assert_eq!(leases.left_behind(ino, None), Some(1));
-        leases.granted(ino, Kind::Read, 2);
+        let later = Seen { clock: SEEN.clock + 1, ..SEEN };
+        leases.granted(ino, Kind::Read, 2, later);
         assert!(cache.attr(ino).is_none(), "what was learned under another lease");
         cache.learn(&changing, &attr(7, 6));
         assert!(cache.attr(ino).is_none(), "somebody else may have changed it since");
-        cache.learn(&cache.ticket(), &attr(7, 7));
+        cache.put_attr(&fresh(&cache), &attr(7, 6));
+        assert!(cache.attr(ino).is_none(), "asked after the lease began, and seen before");
+        cache.learn(&cache.ticket(), &attr(7, 6));
+        assert!(cache.attr(ino).is_none(), "an answer that is not to be kept");
+        cache.learn(&cache.ticket().at(Some(later)), &attr(7, 7));
         assert!(cache.attr(ino).is_some());
-        cache.put_attr(&cache.ticket(), &attr(7, 4));
-        assert_eq!(cache.attr(ino).map(|(a, _)| a.version), Some(7), "an old version does not come back");
-        cache.put_attr(&cache.ticket(), &attr(8, 1));
+        let _asserted = leases.assert(Seen { stream: SEEN.stream + 1, clock: 0 });
+        assert!(cache.attr(ino).is_some(), "the lease goes on");
+        cache.put_attr(&cache.ticket().at(Some(later)), &attr(7, 8));
+        assert!(
+            cache.attr(ino).is_none(),
+            "an answer from another stream than the one the lease was asserted on"
+        );
+        cache.put_attr(&cache.ticket().at(Some(Seen { stream: SEEN.stream + 1, clock: 1 })), &attr(7, 8));
+        assert!(cache.attr(ino).is_some());
+        cache.put_attr(&fresh(&cache), &attr(7, 4));
+        assert_eq!(cache.attr(ino).map(|(a, _)| a.version), Some(8), "an old version does not come back");
+        cache.put_attr(&fresh(&cache), &attr(8, 1));
         assert!(cache.attr(InodeNo(8)).is_none(), "nothing is believed without a lease");
     }
 
@@ -329,9 +363,9 @@ mod tests {
     fn what_was_asked_before_an_own_change_ended_is_not_kept() {
         let (cache, ..) = cache(&[1]);
         let dir = InodeNo(1);
-        let before = cache.ticket();
+        let before = fresh(&cache);
         cache.changed(dir);
-        let between = cache.ticket();
+        let between = fresh(&cache);
         cache.set_name(&before, dir, b"a", None);
         for ticket in [before, between] {
             cache.put_name(&ticket, dir, b"a", Some(InodeNo(9)));
@@ -339,10 +373,31 @@ mod tests {
             cache.put_attr(&ticket, &attr(1, 1));
             assert!(cache.attr(dir).is_none());
         }
-        cache.put_name(&cache.ticket(), dir, b"a", Some(InodeNo(10)));
+        cache.put_name(&fresh(&cache), dir, b"a", Some(InodeNo(10)));
         assert_eq!(cache.name(dir, b"a").map(|(ino, _)| ino), Some(Some(InodeNo(10))));
         cache.forget_name(dir, b"a");
         assert!(cache.name(dir, b"a").is_none());
+    }
+
+    #[test]
+    fn nothing_is_believed_that_an_own_change_under_way_touches() {
+        let (cache, _, clock) = cache(&[1, 7]);
+        let (dir, ino) = (InodeNo(1), InodeNo(7));
+        for ino in [1, 7] {
+            cache.put_attr(&fresh(&cache), &attr(ino, 1));
+        }
+        for name in [b"a", b"b"] {
+            cache.put_name(&fresh(&cache), dir, name, Some(ino));
+        }
+        let change = cache.changing(Touched::name(dir, b"a").and(Some(ino)));
+        assert!(cache.attr(dir).is_none() && cache.attr(ino).is_none() && cache.name(dir, b"a").is_none());
+        assert!(cache.name(dir, b"b").is_some(), "others in the directory are what they were");
+        cache.changed_or_not(change, true);
+        assert!(cache.attr(dir).is_some() && cache.name(dir, b"a").is_some());
+        let change = cache.changing(Touched::inode(ino));
+        cache.changed_or_not(change, false);
+        clock.pass(Duration::from_secs(5));
+        assert!(cache.attr(ino).is_none(), "it may still happen");
     }
 
     #[test]
@@ -350,7 +405,7 @@ mod tests {
         let (cache, ..) = cache(&[1]);
         let dir = InodeNo(1);
         let at = |seconds| Some(Timestamp { seconds, nanos: 0 });
-        cache.learn(&cache.ticket(), &Attr { size: 4, nlink: 3, mtime: at(10), ctime: at(10), ..attr(1, 5) });
+        cache.learn(&fresh(&cache), &Attr { size: 4, nlink: 3, mtime: at(10), ctime: at(10), ..attr(1, 5) });
         cache.dir_changed(dir, at(12), 1, 1);
         let (known, _) = cache.attr(dir).expect("still known");
         assert_eq!((known.size, known.nlink, known.version, known.mtime), (5, 4, 6, at(12)));
@@ -364,14 +419,14 @@ mod tests {
     #[test]
     fn a_forgotten_attribute_is_asked_again_and_the_number_of_entries_is_bounded() {
         let (cache, ..) = cache(&[3]);
-        cache.learn(&cache.ticket(), &attr(3, 2));
+        cache.learn(&fresh(&cache), &attr(3, 2));
         cache.forget_attr(InodeNo(3));
         assert!(cache.attr(InodeNo(3)).is_none());
-        cache.put_attr(&cache.ticket(), &attr(3, 2));
+        cache.put_attr(&fresh(&cache), &attr(3, 2));
         assert!(cache.attr(InodeNo(3)).is_some());
         for ino in 0..1000 {
-            cache.learn(&cache.ticket(), &attr(ino, 1));
-            cache.set_name(&cache.ticket(), InodeNo(ino), b"x", None);
+            cache.learn(&fresh(&cache), &attr(ino, 1));
+            cache.set_name(&fresh(&cache), InodeNo(ino), b"x", None);
         }
         let kept: usize = cache.attrs.iter().map(|shard| shard.lock().expect("shard").len()).sum();
         assert!(kept <= 64, "{kept}");

@@ -69,12 +69,13 @@ impl WholeDirs {
 mod tests {
     use super::*;
     use crate::leases::Kind;
+    use crate::leases::testing::SEEN;
     use crate::leases::testing::leases;
 
     #[test]
     fn a_directory_is_known_as_a_whole_until_somebody_else_changes_it() {
         let (dir, (leases, _)) = (InodeNo(7), leases());
-        leases.granted(dir, Kind::Read, 1);
+        leases.granted(dir, Kind::Read, 1, SEEN);
         let term = leases.term(dir).expect("held");
         let mut dirs = WholeDirs::new();
         let name = |name: &'static str| Bytes::from_static(name.as_bytes());

@@ -212,7 +212,7 @@ impl Cluster {
     fn client_with(&self, config: DataConfig) -> Arc<DataPlane> {
         let (leases, _) = crate::leases::testing::leases();
         for ino in (0..100).map(InodeNo) {
-            assert_eq!(leases.granted(ino, crate::leases::Kind::Read, 1), None);
+            assert_eq!(leases.granted(ino, crate::leases::Kind::Read, 1, crate::leases::testing::SEEN), None);
         }
         DataPlane::new(Env::real(), Arc::clone(&self.master) as Arc<dyn Master>, config, leases)
     }

@@ -254,6 +254,7 @@ pub fn complete_to(layout: &Layout, from: u64, to: u64) -> u64 {
 mod tests {
     use super::*;
     use crate::leases::Kind;
+    use crate::leases::testing::SEEN;
     use crate::leases::testing::leases;
     use proptest::prelude::*;
 
@@ -265,7 +266,7 @@ mod tests {
 
     fn layouts() -> (Layouts, Arc<Leases>) {
         let (leases, _) = leases();
-        leases.granted(INO, Kind::Read, 1);
+        leases.granted(INO, Kind::Read, 1, SEEN);
         (Layouts::new(Some(Arc::clone(&leases))), leases)
     }
 
@@ -297,7 +298,7 @@ mod tests {
         layouts.learn(INO, &layout, 0, 100, layouts.asking(INO));
         layouts.forget(INO);
         leases.left_behind(INO, None);
-        leases.granted(INO, Kind::Read, 2);
+        leases.granted(INO, Kind::Read, 2, SEEN);
         layouts.learn(INO, &layout, 0, 100, asked);
         assert_eq!(layouts.get(INO, 0, 100, 0), None, "asked for under another lease");
         layouts.learn(INO, &layout, 0, 100, layouts.asking(INO));

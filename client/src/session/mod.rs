@@ -21,7 +21,7 @@ use dfs_env::Env;
 use dfs_proto::v1::{self, Cred, ErrorCode, Hello, MasterFrame, Timestamp, Welcome, answer, hold, request};
 use dfs_proto::{FsError, FsResult, InodeNo, SessionId, limits};
 use requests::{Answered, Outcome, State};
-pub use requests::{Leaving, Wanted};
+pub use requests::{Heard, Leaving, Wanted};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -194,7 +194,26 @@ impl Session {
         self.shared.submit(cred, op, None, None).map(drop)
     }
 
-    async fn call(&self, cred: &Cred, op: request::Op) -> FsResult<answer::Body> {
+    /// As [`Master::mutate`], and what may be cached of the answer.
+    pub async fn change(&self, cred: &Cred, change: v1::mutation::Op) -> Heard {
+        self.call(cred, request::Op::Mutation(v1::Mutation { op: Some(change) })).await
+    }
+
+    /// As [`Master::query`], and what may be cached of the answer.
+    pub async fn ask(&self, cred: &Cred, question: v1::query::Op) -> Heard {
+        self.call(cred, request::Op::Query(v1::Query { op: Some(question) })).await
+    }
+
+    /// As [`Master::hold`], and what may be cached of the answer.
+    pub async fn get(&self, cred: &Cred, hold: hold::Op) -> Heard {
+        self.call(cred, request::Op::Hold(v1::Hold { op: Some(hold) })).await
+    }
+
+    async fn call(&self, cred: &Cred, op: request::Op) -> Heard {
+        self.try_call(cred, op).await.unwrap_or_else(Heard::nothing)
+    }
+
+    async fn try_call(&self, cred: &Cred, op: request::Op) -> FsResult<Heard> {
         let shared = &self.shared;
         let waits =
             matches!(&op, request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(lock)) }) if lock.wait);
@@ -208,7 +227,7 @@ impl Session {
         if let Some(cancel) = &mut cancel {
             cancel.seq = None;
         }
-        answer.unwrap_or_else(|_| Err(shared.broken().unwrap_or_else(|| ErrorCode::ErrorUnavailable.into())))
+        answer.map_err(|_| shared.broken().unwrap_or_else(|| ErrorCode::ErrorUnavailable.into()))
     }
 }
 
@@ -221,15 +240,15 @@ impl Drop for Session {
 #[async_trait]
 impl Master for Session {
     async fn mutate(&self, cred: &Cred, change: v1::mutation::Op) -> FsResult<answer::Body> {
-        self.call(cred, request::Op::Mutation(v1::Mutation { op: Some(change) })).await
+        Self::change(self, cred, change).await.result
     }
 
     async fn query(&self, cred: &Cred, question: v1::query::Op) -> FsResult<answer::Body> {
-        self.call(cred, request::Op::Query(v1::Query { op: Some(question) })).await
+        self.ask(cred, question).await.result
     }
 
     async fn hold(&self, cred: &Cred, hold: hold::Op) -> FsResult<answer::Body> {
-        self.call(cred, request::Op::Hold(v1::Hold { op: Some(hold) })).await
+        self.get(cred, hold).await.result
     }
 
     fn now(&self) -> Timestamp {
@@ -450,7 +469,7 @@ impl Shared {
         }
         for completion in outcome.completions {
             // Nobody there any more: what matters of that was seen to under the lock.
-            drop(completion.reply.send(completion.result));
+            drop(completion.reply.send(completion.heard));
         }
         // The answers may have led to requests of the session's own.
         self.wake();

@@ -15,7 +15,7 @@
 //! hours must not make it keep the answers of everything since.
 
 use super::held::Held;
-use crate::leases::{Kind, Leases};
+use crate::leases::{Kind, Leases, Seen};
 use dfs_env::defect::{self, Defect};
 use dfs_proto::v1::{
     self, Answer, CancelLock, ClientFrame, Cred, ErrorCode, Goodbye, Hello, LeaseReturn, MasterFrame, Reply,
@@ -30,12 +30,29 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-pub(super) type Answered = oneshot::Sender<FsResult<Body>>;
+pub(super) type Answered = oneshot::Sender<Heard>;
+
+/// What the master said.
+#[derive(Debug)]
+pub struct Heard {
+    pub result: FsResult<Body>,
+    /// When it looked at what it says; None: that is not to be cached, or the master said nothing at all.
+    pub seen: Option<Seen>,
+    /// The master has answered: a change was carried out, or never will be.
+    pub answered: bool,
+}
+
+impl Heard {
+    /// Nothing, for this reason.
+    pub fn nothing(error: FsError) -> Self {
+        Self { result: Err(error), seen: None, answered: false }
+    }
+}
 
 /// A caller and what he is to be told, once no lock is held any more.
 pub(super) struct Completion {
     pub reply: Answered,
-    pub result: FsResult<Body>,
+    pub heard: Heard,
 }
 
 /// What the caller of [`State::answered`] has to do.
@@ -228,15 +245,28 @@ impl State {
     pub fn received(&mut self, frame: MasterFrame) -> Outcome {
         let mut outcome = Outcome::default();
         for reply in &frame.replies {
+            if reply.grant != 0 {
+                let (read, write) = (&reply.read_leases, &reply.write_leases);
+                tracing::trace!(
+                    seq = reply.seq,
+                    grant = reply.grant,
+                    ?read,
+                    ?write,
+                    "leases came with an answer"
+                );
+            }
             for (kind, inos) in [(Kind::Read, &reply.read_leases), (Kind::Write, &reply.write_leases)] {
-                let surplus =
-                    inos.iter().filter_map(|ino| self.leases.granted(InodeNo(*ino), kind, reply.grant));
+                let since = Seen { stream: self.stream, clock: reply.seen };
+                let surplus = inos
+                    .iter()
+                    .filter_map(|ino| self.leases.granted(InodeNo(*ino), kind, reply.grant, since));
                 outcome.leaving.extend(surplus.map(|(ino, held)| Leaving { ino, held, keep: None }));
             }
         }
         self.answered(frame.replies, &mut outcome);
         for recall in frame.recalls {
             let (ino, keep) = (InodeNo(recall.ino), Kind::from_proto(recall.keep()));
+            tracing::trace!(%ino, grant = recall.grant, ?keep, "a lease is recalled");
             if defect::has(Defect::LateInvalidation) {
                 self.returned.push(LeaseReturn { ino: recall.ino, grant: recall.grant, keep: recall.keep });
                 outcome.leaving.push(Leaving { ino, held: Kind::Read, keep });
@@ -266,6 +296,7 @@ impl State {
     /// A lease was given up, as far as it was asked for.
     pub fn give_back(&mut self, ino: InodeNo, keep: Option<Kind>) {
         if let Some(grant) = self.leases.left_behind(ino, keep) {
+            tracing::trace!(%ino, grant, ?keep, "a lease is given back");
             let keep = Kind::to_proto(keep).into();
             self.returned.push(LeaseReturn { ino: ino.get(), grant, keep });
         }
@@ -305,27 +336,29 @@ impl State {
                 {
                     self.leases.reserve(InodeNo(take.ino));
                 }
-                self.complete(pending, result, &mut outcome.completions);
+                let seen = (reply.seen > 0).then_some(Seen { stream: self.stream, clock: reply.seen });
+                self.complete(pending, Heard { result, seen, answered: true }, &mut outcome.completions);
             }
         }
     }
 
-    fn complete(&mut self, mut pending: Pending, result: FsResult<Body>, completions: &mut Vec<Completion>) {
+    fn complete(&mut self, mut pending: Pending, heard: Heard, completions: &mut Vec<Completion>) {
+        let result = &heard.result;
         let abandoned = pending.cancelled || pending.reply.as_ref().is_some_and(Answered::is_closed);
         if let (true, Ok(_), Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(lock)) }))) =
-            (abandoned, &result, &pending.request.op)
+            (abandoned, result, &pending.request.op)
         {
             for step in self.held.restore(lock) {
                 self.submit_hold(hold::Op::Lock(step));
             }
             return;
         }
-        let opened = self.note(&pending.request, &result);
+        let opened = self.note(&pending.request, result);
         if let Some(ino) = opened.filter(|_| abandoned) {
             self.submit_hold(hold::Op::Close(v1::Close { ino }));
         }
         if let Some(reply) = pending.reply.take() {
-            completions.push(Completion { reply, result });
+            completions.push(Completion { reply, heard });
         }
     }
 
@@ -390,7 +423,7 @@ impl State {
             if let Some(reply) = pending.reply.take() {
                 let what = if self.welcomed { "connected, but no answer came" } else { self.cause.as_str() };
                 let error = FsError::new(ErrorCode::ErrorTimedOut, format!("{}: {what}", bound()));
-                outcome.completions.push(Completion { reply, result: Err(error) });
+                outcome.completions.push(Completion { reply, heard: Heard::nothing(error) });
             }
         }
         outcome
@@ -436,7 +469,7 @@ impl State {
         // What was given back is not asserted.
         self.returned.clear();
         self.told.clear();
-        let held = self.leases.assert();
+        let held = self.leases.assert(Seen { stream: self.stream, clock: 0 });
         Hello {
             version: PROTOCOL_VERSION,
             session: self.session,
@@ -504,7 +537,7 @@ impl State {
                     ErrorCode::ErrorIo,
                     "the session expired before the answer came: the change may or may not have been made",
                 );
-                outcome.completions.push(Completion { reply, result: Err(error) });
+                outcome.completions.push(Completion { reply, heard: Heard::nothing(error) });
             }
         }
         // To the new session they are new.
@@ -521,7 +554,7 @@ impl State {
         for mut pending in std::mem::take(&mut self.pending).into_values() {
             outcome.freed += usize::from(pending.counted);
             if let Some(reply) = pending.reply.take() {
-                outcome.completions.push(Completion { reply, result: Err(error.clone()) });
+                outcome.completions.push(Completion { reply, heard: Heard::nothing(error.clone()) });
             }
         }
         self.locks_pending = 0;

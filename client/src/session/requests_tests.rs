@@ -30,7 +30,7 @@ fn connected() -> State {
     state
 }
 
-fn submit(state: &mut State, op: request::Op) -> (u64, oneshot::Receiver<FsResult<Body>>) {
+fn submit(state: &mut State, op: request::Op) -> (u64, oneshot::Receiver<Heard>) {
     let (reply, receiver) = oneshot::channel();
     (state.submit(&Cred::default(), op, Some(reply), None, true), receiver)
 }
@@ -49,7 +49,7 @@ fn failure(seq: u64, code: ErrorCode) -> Reply {
 
 fn done(outcome: Outcome) -> usize {
     let count = outcome.completions.len();
-    outcome.completions.into_iter().for_each(|c| drop(c.reply.send(c.result)));
+    outcome.completions.into_iter().for_each(|c| drop(c.reply.send(c.heard)));
     count
 }
 
@@ -75,7 +75,7 @@ fn what_waits_goes_in_one_frame_and_again_in_order_after_a_reconnect() {
     // Answered twice: once by the old stream's leader, once by the new one's.
     let twice = vec![reply(third, Body::Empty(v1::Empty {})), reply(third, Body::Empty(v1::Empty {}))];
     assert_eq!(done(answered(&mut state, twice)), 1);
-    assert!(c.try_recv().expect("answered").is_ok());
+    assert!(c.try_recv().expect("answered").result.is_ok());
 }
 
 #[test]
@@ -108,7 +108,7 @@ fn a_refusal_by_a_master_without_the_lead_is_no_answer() {
     state.retry_deferred();
     assert_eq!(sent(&mut state), [seq]);
     done(answered(&mut state, vec![failure(seq, ErrorCode::ErrorExists)]));
-    let error = receiver.try_recv().expect("answered").expect_err("failed");
+    let error = receiver.try_recv().expect("answered").result.expect_err("failed");
     assert_eq!(error.code, ErrorCode::ErrorExists);
 }
 
@@ -160,7 +160,7 @@ fn an_expired_session_fails_changes_of_unknown_outcome_and_carries_over_the_rest
     assert_eq!(outcome.freed, 2);
     done(outcome);
     for answer in [&mut a, &mut e] {
-        let error = answer.try_recv().expect("answered").expect_err("failed");
+        let error = answer.try_recv().expect("answered").result.expect_err("failed");
         assert_eq!(error.code, ErrorCode::ErrorIo);
     }
     let hello = state.hello("n", "h", NOW);
@@ -224,7 +224,7 @@ async fn whose_time_is_up_is_told_the_cause() {
     tokio::time::advance(std::time::Duration::from_secs(1)).await;
     let outcome = state.overdue(Instant::now(), || "no answer within 1s".into());
     assert_eq!((outcome.freed, done(outcome)), (1, 1));
-    let error = receiver.try_recv().expect("answered").expect_err("failed");
+    let error = receiver.try_recv().expect("answered").result.expect_err("failed");
     assert_eq!(error.to_string(), "no answer within 1s: a:1: Connection refused (timed out)");
     assert!(patient.try_recv().is_err());
 }
@@ -235,7 +235,7 @@ fn after_a_lasting_failure_everybody_is_told() {
     let (_, mut a) = submit(&mut state, query());
     let outcome = state.fail_all(&ErrorCode::ErrorVersion.into());
     assert_eq!((outcome.freed, done(outcome)), (1, 1));
-    assert!(a.try_recv().expect("answered").is_err());
+    assert!(a.try_recv().expect("answered").result.is_err());
     assert!(state.broken.is_some() && state.frame(NOW).is_none());
 }
 

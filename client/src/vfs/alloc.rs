@@ -2,6 +2,7 @@
 
 use super::attr::check_end;
 use super::{Client, OpenFile, entry, own_cred, unexpected};
+use crate::cache::Touched;
 use dfs_proto::v1::{self, Cred, ErrorCode, answer, mutation, query};
 use dfs_proto::{FsError, FsResult, InodeNo, limits};
 
@@ -35,12 +36,12 @@ impl Client {
         let inner = &self.inner;
         inner.flush_if_dirty(file.ino).await?;
         let change = v1::Fallocate { ino: file.ino.get(), offset, length, keep_size, punch_hole, zero_range };
-        let ticket = inner.cache.ticket();
-        let answer = inner.master.mutate(cred, mutation::Op::Fallocate(change)).await.and_then(entry);
+        let touched = Touched::inode(file.ino);
+        let (made, answer) = inner.change(cred, mutation::Op::Fallocate(change), touched).await;
         inner.data.forget_layout(file.ino);
-        match answer {
+        match answer.and_then(entry) {
             Ok(attr) => {
-                inner.cache.learn(&ticket, &attr);
+                inner.cache.learn(&made.ticket, &attr);
                 Ok(())
             }
             Err(error) => {
@@ -110,13 +111,13 @@ impl Client {
             length,
             kill_priv: cred.uid != 0,
         };
-        let ticket = inner.cache.ticket();
-        let answer = inner.master.mutate(cred, mutation::Op::CopyRange(change)).await;
+        let touched = Touched::inode(to.ino);
+        let (made, answer) = inner.change(cred, mutation::Op::CopyRange(change), touched).await;
         inner.data.forget_layout(to.ino);
         match answer {
             Ok(answer::Body::Copied(copied)) => {
                 match &copied.attr {
-                    Some(attr) => inner.cache.learn(&ticket, attr),
+                    Some(attr) => inner.cache.learn(&made.ticket, attr),
                     None => inner.cache.forget_attr(to.ino),
                 }
                 Ok(copied.length)

@@ -1,6 +1,7 @@
 //! lookup, getattr, setattr, access.
 
 use super::{Client, Inner, attr_of, check_name, entry, own_cred};
+use crate::cache::Touched;
 use crate::data::AttrSet;
 use crate::leases::Term;
 use dfs_proto::v1::{self, Attr, Cred, ErrorCode, Timestamp, mutation, query};
@@ -111,14 +112,14 @@ impl Client {
         }
         let resized = change.size.is_some();
         let policy = change.replicas.is_some() || change.chunk_size.is_some();
-        let ticket = self.inner.cache.ticket();
-        let answer = self.inner.master.mutate(cred, mutation::Op::SetAttr(change)).await.and_then(entry);
+        let (made, answer) =
+            self.inner.change(cred, mutation::Op::SetAttr(change), Touched::inode(ino)).await;
         if resized {
             self.inner.data.forget_layout(ino);
         }
-        match answer {
+        match answer.and_then(entry) {
             Ok(attr) => {
-                self.inner.cache.learn(&ticket, &attr);
+                self.inner.cache.learn(&made.ticket, &attr);
                 // Removed, but not freed yet: then this is what is left of it.
                 self.inner.remains.keep(&attr);
                 if policy {
@@ -147,8 +148,9 @@ impl Client {
         self.inner.settle_attrs(ino).await?;
         let ticket = self.inner.cache.ticket();
         let question = query::Op::Access(v1::Access { ino: ino.get(), mask });
-        let attr = self.inner.master.query(cred, question).await.and_then(entry)?;
-        self.inner.cache.put_attr(&ticket, &attr);
+        let heard = self.inner.session.ask(cred, question).await;
+        let attr = heard.result.and_then(entry)?;
+        self.inner.cache.put_attr(&ticket.at(heard.seen), &attr);
         Ok(())
     }
 }
@@ -225,7 +227,9 @@ impl Inner {
     pub async fn lookup_at_master(&self, cred: &Cred, parent: InodeNo, name: &[u8]) -> FsResult<Attr> {
         let ticket = self.cache.ticket();
         let question = v1::Lookup { parent: parent.get(), name: bytes::Bytes::copy_from_slice(name) };
-        match self.master.query(cred, query::Op::Lookup(question)).await.and_then(entry) {
+        let heard = self.session.ask(cred, query::Op::Lookup(question)).await;
+        let ticket = ticket.at(heard.seen);
+        match heard.result.and_then(entry) {
             Ok(attr) => {
                 self.cache.put_attr(&ticket, &attr);
                 if name != b".." && name != b"." {
@@ -245,10 +249,11 @@ impl Inner {
     pub async fn ask_attr(&self, ino: InodeNo, generation: u64) -> FsResult<Attr> {
         let ticket = self.cache.ticket();
         let question = query::Op::GetAttr(v1::GetAttr { ino: ino.get(), generation });
-        match self.master.query(&own_cred(), question).await? {
+        let heard = self.session.ask(&own_cred(), question).await;
+        match heard.result? {
             v1::answer::Body::Entry(answer) => {
                 let attr = attr_of(answer.attr)?;
-                self.cache.put_attr(&ticket, &attr);
+                self.cache.put_attr(&ticket.at(heard.seen), &attr);
                 Ok(self.overlaid(attr))
             }
             other => Err(super::unexpected(&other)),

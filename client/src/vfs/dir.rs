@@ -21,7 +21,9 @@ impl Client {
         let ticket = cache.ticket();
         let question =
             v1::ReadDir { ino: ino.get(), cookie, max_entries: max.clamp(1, limits::DIR_PAGE_MAX), plus };
-        let mut page = match self.inner.master.query(cred, query::Op::ReadDir(question)).await? {
+        let heard = self.inner.session.ask(cred, query::Op::ReadDir(question)).await;
+        let ticket = ticket.at(heard.seen);
+        let mut page = match heard.result? {
             answer::Body::DirPage(page) => page,
             other => return Err(unexpected(&other)),
         };

@@ -30,7 +30,9 @@ impl Client {
             exec: flags.exec,
             append: flags.append,
         };
-        let opened = match inner.master.hold(cred, hold::Op::Open(question)).await? {
+        let heard = inner.session.get(cred, hold::Op::Open(question)).await;
+        let ticket = ticket.at(heard.seen);
+        let opened = match heard.result? {
             answer::Body::Opened(opened) => opened,
             other => return Err(unexpected(&other)),
         };

@@ -71,7 +71,6 @@ impl Inner {
         let held = self.session.leases().depart(ino).await.unwrap_or(held);
         if defect::has(Defect::LateInvalidation) {
             tokio::time::sleep(TICK / 10).await;
-            self.cache.leaving(ino);
             return self.session.leases().forget(ino);
         }
         if self.data.dirty(ino).is_none() {
@@ -84,7 +83,6 @@ impl Inner {
             self.flush_for_good(ino).await;
         }
         if keep.is_none() {
-            self.cache.leaving(ino);
             self.data.forget_layout(ino);
             if let Some(kernel) = self.kernel.get() {
                 kernel.forget(ino).await;
@@ -129,7 +127,6 @@ impl Inner {
     /// An inode is gone, or will be when others close it: what is known of it is of no use any more.
     pub(super) fn surrender(&self, ino: InodeNo) {
         if self.session.leases().surrender(ino) {
-            self.cache.leaving(ino);
             self.data.forget_layout(ino);
             self.session.give_back(ino, None);
         }
@@ -153,10 +150,11 @@ impl Inner {
         }
         let ticket = self.cache.ticket();
         let take = v1::TakeLease { ino: ino.get(), kind: LeaseKind::LeaseWrite.into() };
-        match self.master.hold(&own_cred(), hold::Op::TakeLease(take)).await? {
+        let heard = self.session.get(&own_cred(), hold::Op::TakeLease(take)).await;
+        match heard.result? {
             answer::Body::Leased(leased) => {
                 if let Some(attr) = &leased.attr {
-                    self.cache.put_attr(&ticket, attr);
+                    self.cache.put_attr(&ticket.at(heard.seen), attr);
                 }
                 if leases.left().is_zero() {
                     // Nothing counts before the next keep-alive is answered.

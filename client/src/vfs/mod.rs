@@ -8,6 +8,7 @@ mod alloc;
 mod atime;
 mod attr;
 mod background;
+mod change;
 mod dir;
 mod file;
 mod files;

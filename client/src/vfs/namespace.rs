@@ -1,7 +1,7 @@
 //! create, mkdir, symlink, mknod, unlink, rmdir, rename, link, readlink.
 
 use super::{Client, Inner, OpenFile, OpenFlags, attr_of, check_name, entry, own_cred, unexpected};
-use crate::cache::Ticket;
+use crate::cache::{Ticket, Touched};
 use bytes::Bytes;
 use dfs_proto::v1::{self, Attr, Cred, answer, hold, mutation, query};
 use dfs_proto::{FsResult, InodeNo};
@@ -27,8 +27,9 @@ impl Client {
         let (parent, name) = (InodeNo(what.parent), what.name.clone());
         let anonymous = what.anonymous;
         let cache = &self.inner.cache;
-        let ticket = cache.ticket();
-        let answer = self.inner.master.mutate(cred, mutation::Op::Create(what)).await;
+        let touched = if anonymous { Touched::default() } else { Touched::name(parent, &name) };
+        let (change, answer) = self.inner.change(cred, mutation::Op::Create(what), touched).await;
+        let ticket = change.ticket;
         let made = answer.and_then(|body| match body {
             answer::Body::Entry(made) => {
                 let attr = attr_of(made.attr)?;
@@ -140,15 +141,17 @@ impl Client {
             exchange,
         };
         let cache = &self.inner.cache;
-        let ticket = cache.ticket();
-        let answer = self.inner.master.mutate(cred, mutation::Op::Rename(change)).await;
+        let known = |dir: InodeNo, name: &[u8]| cache.name(dir, name).and_then(|(ino, _)| ino);
+        let (moved, replaced) = (known(parent, name), known(new_parent, new_name));
+        let touched = Touched::name(parent, name).and_name(new_parent, new_name).and(moved).and(replaced);
+        let (made, answer) = self.inner.change(cred, mutation::Op::Rename(change), touched).await;
         for dir in [parent, new_parent] {
             cache.forget_attr(dir);
             cache.changed_names(dir);
         }
         match answer {
             Ok(answer::Body::Renamed(renamed)) => {
-                self.inner.renamed(&ticket, (parent, name), (new_parent, new_name), exchange, &renamed);
+                self.inner.renamed(&made.ticket, (parent, name), (new_parent, new_name), exchange, &renamed);
                 Ok(())
             }
             Ok(other) => Err(unexpected(&other)),
@@ -179,14 +182,14 @@ impl Client {
             new_name: Bytes::copy_from_slice(new_name),
         };
         let cache = &self.inner.cache;
-        let ticket = cache.ticket();
-        let answer = self.inner.master.mutate(cred, mutation::Op::Link(change)).await.and_then(entry);
+        let touched = Touched::name(new_parent, new_name).and(Some(ino));
+        let (made, answer) = self.inner.change(cred, mutation::Op::Link(change), touched).await;
         cache.changed_names(new_parent);
-        match answer {
+        match answer.and_then(entry) {
             Ok(attr) => {
                 cache.dir_changed(new_parent, attr.ctime, 1, 0);
-                cache.set_name(&ticket, new_parent, new_name, Some(ino));
-                cache.learn(&ticket, &attr);
+                cache.set_name(&made.ticket, new_parent, new_name, Some(ino));
+                cache.learn(&made.ticket, &attr);
                 self.inner.files.linked(ino);
                 Ok(self.inner.overlaid(attr))
             }
@@ -223,16 +226,17 @@ impl Inner {
             tracing::debug!(%ino, %error, "a file is removed whose attributes could not be set");
         }
         let change = v1::Unlink { parent: parent.get(), name: Bytes::copy_from_slice(name), directory };
-        let ticket = self.cache.ticket();
-        let answer = self.master.mutate(cred, mutation::Op::Unlink(change)).await;
+        let known = self.cache.name(parent, name).and_then(|(ino, _)| ino);
+        let touched = Touched::name(parent, name).and(known);
+        let (made, answer) = self.change(cred, mutation::Op::Unlink(change), touched).await;
         self.cache.changed_names(parent);
         match answer {
             Ok(answer::Body::Unlinked(v1::Unlinked { attr })) => {
-                self.cache.set_name(&ticket, parent, name, None);
+                self.cache.set_name(&made.ticket, parent, name, None);
                 let time = attr.as_ref().and_then(|attr| attr.ctime);
                 self.cache.dir_changed(parent, time, -1, -i32::from(directory));
                 if let Some(attr) = attr {
-                    self.learn_linked(&ticket, &attr);
+                    self.learn_linked(&made.ticket, &attr);
                 }
                 Ok(())
             }
@@ -285,7 +289,6 @@ impl Inner {
             if attr.kind == v1::Kind::File as i32 {
                 self.data.discard(ino);
             }
-            self.cache.leaving(ino);
             self.session.leases().forget(ino);
         }
     }

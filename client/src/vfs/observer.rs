@@ -42,23 +42,24 @@ impl Observer {
             regained.map_err(|error| FsError { code: ErrorCode::ErrorConflict, ..error })?;
         }
         let (ticket, session) = (self.cache.ticket(), self.session.session());
-        let answer = self.session.mutate(cred, mutation::Op::Commit(commit)).await;
-        match &answer {
+        let heard = self.session.change(cred, mutation::Op::Commit(commit)).await;
+        match &heard.result {
             Ok(answer::Body::Entry(v1::Entry { attr: Some(attr), .. })) => {
                 self.unsure().remove(&ino);
-                self.cache.learn(&ticket, attr);
+                self.cache.learn(&ticket.at(heard.seen), attr);
             }
             Err(_) if self.session.session() != session => drop(self.unsure().insert(ino, made)),
             _ => {}
         }
-        answer
+        heard.result
     }
 
     /// Gets a write lease that was lost at this version.
     async fn regain(&self, ino: InodeNo, version: u64) -> FsResult<()> {
         let ticket = self.cache.ticket();
         let take = v1::TakeLease { ino: ino.get(), kind: LeaseKind::LeaseWrite.into() };
-        let answer = self.session.hold(&own_cred(), hold::Op::TakeLease(take)).await?;
+        let heard = self.session.get(&own_cred(), hold::Op::TakeLease(take)).await;
+        let answer = heard.result?;
         let answer::Body::Leased(v1::Leased { attr: Some(attr) }) = answer else {
             return Err(super::unexpected(&answer));
         };
@@ -70,7 +71,7 @@ impl Observer {
             tracing::error!(%ino, was = version, is = attr.version, "{text}");
             return Err(FsError::new(ErrorCode::ErrorIo, text));
         }
-        self.cache.put_attr(&ticket, &attr);
+        self.cache.put_attr(&ticket.at(heard.seen), &attr);
         Ok(())
     }
 }
@@ -80,7 +81,7 @@ impl Master for Observer {
     async fn mutate(&self, cred: &Cred, change: mutation::Op) -> FsResult<answer::Body> {
         match change {
             mutation::Op::Commit(commit) => self.commit(cred, commit).await,
-            change => self.session.mutate(cred, change).await,
+            change => Master::mutate(&*self.session, cred, change).await,
         }
     }
 

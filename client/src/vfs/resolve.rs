@@ -24,8 +24,9 @@ impl Client {
         }
         let ticket = self.inner.cache.ticket();
         let question = query::Op::ResolvePath(v1::ResolvePath { path: Bytes::copy_from_slice(path) });
-        let attr = self.inner.master.query(cred, question).await.and_then(entry)?;
-        self.inner.cache.put_attr(&ticket, &attr);
+        let heard = self.inner.session.ask(cred, question).await;
+        let attr = heard.result.and_then(entry)?;
+        self.inner.cache.put_attr(&ticket.at(heard.seen), &attr);
         Ok(self.inner.overlaid(attr))
     }
 }

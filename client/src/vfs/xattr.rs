@@ -1,6 +1,7 @@
 //! Extended attributes.
 
 use super::{Client, entry, unexpected};
+use crate::cache::Touched;
 use bytes::Bytes;
 use dfs_proto::v1::{self, Attr, Cred, ErrorCode, answer, mutation, query};
 use dfs_proto::{FsError, FsResult, InodeNo, limits};
@@ -79,10 +80,10 @@ impl Client {
     /// Also an ACL, which changes the mode: the attributes come with the answer.
     async fn change_xattr(&self, cred: &Cred, ino: InodeNo, change: mutation::Op) -> FsResult<()> {
         self.inner.settle_attrs(ino).await?;
-        let ticket = self.inner.cache.ticket();
-        match self.inner.master.mutate(cred, change).await.and_then(entry) {
+        let (made, answer) = self.inner.change(cred, change, Touched::inode(ino)).await;
+        match answer.and_then(entry) {
             Ok(attr) => {
-                self.inner.cache.learn(&ticket, &attr);
+                self.inner.cache.learn(&made.ticket, &attr);
                 self.inner.remains.keep(&attr);
                 // The change may have been one of replicas or chunk size.
                 self.inner.follow_policy(&attr);

@@ -7,7 +7,7 @@
 //! | claim | passes when others hold | while it waits or lasts, others get |
 //! |---|---|---|
 //! | `Change`: a command is proposed and applied; lasts until [`Leases::end`] | nothing | no lease |
-//! | `See`: a question that what a holder buffers would falsify | no write lease | no write lease |
+//! | `See`: a question that what a holder buffers would falsify; where it had to wait it lasts until [`Leases::end`] | no write lease | no write lease |
 //! | `Take(Read)` | no write lease | no lease that it would have to wait for |
 //! | `Take(Write)` | nothing | no lease |
 //!
@@ -18,9 +18,11 @@
 //! ```
 //!
 //! Claims of one inode take their turns: `Change` passes beside `Change`, `Take(Read)` beside `Take(Read)`, everything
-//! beside claims of its own session, all else waits for what came before it. Nobody waits for what came after, and a session
-//! that holds a lease is never made to wait by claims that want it back: what it flushes before it gives the lease back
-//! is a `Change` too. So claims cannot wait for each other in a circle.
+//! beside claims of its own session; `See` waits for no claim, and only `Take(Write)` waits for it; all else waits for what
+//! came before it. Nobody waits for what came after, and a session that holds a lease is never made to wait by claims that
+//! want it back: what it flushes before it gives the lease back is a `Change` too. So claims cannot wait for each other in a
+//! circle. And nobody starves: a question that waited for one writer is answered before the next one begins, and only as many
+//! questions are as came while the first one wrote.
 //!
 //! A read between two leases: what a question saw may be cached only if nothing changed since. [`Leases::clock`] is taken
 //! before the question looks at the state, and [`Leases::grant`] refuses when a change of the inode has ended since or is
@@ -78,7 +80,7 @@ impl What {
     fn yields_to(self, earlier: Self) -> bool {
         match (self, earlier) {
             (Self::See, _)
-            | (_, Self::See)
+            | (Self::Change | Self::Take(Kind::Read), Self::See)
             | (Self::Change, Self::Change)
             | (Self::Take(Kind::Read), Self::Take(Kind::Read)) => false,
             (Self::Change | Self::Take(_), _) => true,
@@ -102,6 +104,14 @@ pub struct ClaimId(u64);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Clock(u64);
 
+impl Clock {
+    /// As an answer tells of it.
+    #[must_use]
+    pub fn to_proto(self) -> u64 {
+        self.0 + 1
+    }
+}
+
 /// A holder is to give a lease back, down to `keep`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub struct Recall {
@@ -113,9 +123,9 @@ pub struct Recall {
 }
 
 /// What follows from events, to be carried out in this order.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Actions {
-    /// Claims that have passed. A `Take` holds its lease, to be sent with the answer.
+    /// Claims that have passed. A `Take` has ended and holds its lease, to be sent with the answer; others last.
     pub passed: Vec<ClaimId>,
     pub recalls: Vec<Recall>,
     /// Buckets that the log has to note before leases in them can be given.
@@ -156,7 +166,7 @@ struct Lease {
     grant: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Node {
     /// Any number of read leases, or one write lease.
     leases: Vec<Lease>,
@@ -164,7 +174,7 @@ struct Node {
     claims: Vec<ClaimId>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Claim {
     session: SessionId,
     what: What,
@@ -172,7 +182,7 @@ struct Claim {
     passed: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Holder {
     notes: Notes,
     inos: BTreeSet<InodeNo>,
@@ -195,7 +205,7 @@ struct Stamp {
 }
 
 /// All leases and claims.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Leases {
     nodes: HashMap<InodeNo, Node>,
     holders: BTreeMap<SessionId, Holder>,
@@ -351,7 +361,7 @@ impl Leases {
         }
     }
 
-    /// Whether a claim is neither ended nor, if it is no change, passed.
+    /// Whether a claim has not ended.
     #[must_use]
     pub fn is_claim(&self, id: ClaimId) -> bool {
         self.claims.contains_key(&id)
@@ -490,7 +500,7 @@ impl Leases {
 
     // ---- claims ----
 
-    /// Makes a claim. True: it has passed. Else it turns up in [`Actions::passed`].
+    /// Makes a claim. True: it has passed, and has ended if it is no change. Else it turns up in [`Actions::passed`].
     pub fn claim(
         &mut self,
         session: SessionId,
@@ -507,13 +517,17 @@ impl Leases {
         }
         self.claims.insert(id, Claim { session, what, inos, passed: false });
         let passed = self.try_pass(id, now);
+        if passed && what == What::See {
+            // Whoever need not wait looks at once.
+            self.remove(id);
+        }
         (id, passed)
     }
 
-    /// A change was applied, or will never be; a claim that waits is given up. One that has passed and was no change has
-    /// ended by itself.
+    /// A change was applied, or will never be; a question is answered; a claim that waits is given up. One that has ended by
+    /// itself is left alone.
     pub fn end(&mut self, id: ClaimId, now: Duration) {
-        let Some(claim) = self.claims.remove(&id) else { return };
+        let Some(claim) = self.remove(id) else { return };
         if claim.what == What::Change && claim.passed {
             self.changes += 1;
             for ino in &claim.inos {
@@ -524,12 +538,17 @@ impl Leases {
                 stamp.last = self.changes;
             }
         }
-        for ino in &claim.inos {
-            self.unclaim(*ino, id);
-        }
         for ino in claim.inos {
             self.settle(ino, now);
         }
+    }
+
+    fn remove(&mut self, id: ClaimId) -> Option<Claim> {
+        let claim = self.claims.remove(&id)?;
+        for ino in &claim.inos {
+            self.unclaim(*ino, id);
+        }
+        Some(claim)
     }
 
     /// Lets a claim pass if nothing is in its way; else asks for what is.
@@ -543,9 +562,7 @@ impl Leases {
                 continue;
             }
             passes &= !self.recall_others(session, what, *ino, now);
-            // Where it may write itself, nobody else has anything.
-            let own = self.held(session, *ino) == Some(Kind::Write);
-            passes &= own || !self.unclaimed_bar(session, what, *ino);
+            passes &= !self.unclaimed_bar(session, what, *ino);
             if let What::Take(kind) = what {
                 passes &= self.is_noted(session, *ino, kind);
             }
@@ -553,19 +570,15 @@ impl Leases {
         if !passes {
             return false;
         }
-        if what == What::Change {
+        let What::Take(kind) = what else {
             if let Some(claim) = self.claims.get_mut(&id) {
                 claim.passed = true;
             }
             return true;
-        }
-        self.claims.remove(&id);
+        };
+        self.remove(id);
         for ino in inos {
-            self.unclaim(ino, id);
-            if let What::Take(kind) = what
-                && self.holders.contains_key(&session)
-                && self.held(session, ino) < Some(kind)
-            {
+            if self.holders.contains_key(&session) && self.held(session, ino) < Some(kind) {
                 self.give(session, ino, kind);
             }
         }
@@ -624,7 +637,9 @@ impl Leases {
                 .into_iter()
                 .any(|kind| what.is_barred_by(kind) && notes.of(kind).has(bucket))
         };
-        self.unclaimed.iter().any(|(other, notes)| *other != session && bars(notes))
+        // Where it may write itself, nobody else has anything.
+        self.held(session, ino) != Some(Kind::Write)
+            && self.unclaimed.iter().any(|(other, notes)| *other != session && bars(notes))
     }
 
     /// Whether a session could be given a lease at once.

@@ -72,14 +72,15 @@ fn a_look_leaves_the_writer_a_read_lease_and_a_flush_passes_those_who_wait_for_i
     let (grant, _) = leases.sent(a, &[ino]);
     assert_eq!(leases.take_actions().recalls, [Recall { session: a, ino, grant, keep: Some(Kind::Read) }]);
     let (take, passed) = leases.claim(c, What::Take(Kind::Write), vec![ino], NOW);
-    assert!(!passed);
-    assert_eq!(leases.take_actions().recalls, [Recall { session: a, ino, grant, keep: None }]);
+    assert!(!passed && leases.take_actions().recalls.is_empty(), "the question comes first");
     let (flush, passed) = leases.claim(a, What::Change, vec![ino], NOW);
     assert!(passed, "or nobody would ever go on");
     leases.end(flush, NOW);
     leases.returned(a, ino, grant, Some(Kind::Read), NOW);
     assert_eq!(leases.take_actions().passed, [look]);
     leases.returned(a, ino, grant, None, NOW);
+    assert!(leases.take_actions().passed.is_empty(), "who asked has not looked yet");
+    leases.end(look, NOW);
     assert_eq!(leases.take_actions().passed, [take]);
     assert_eq!((leases.writer(ino), leases.held(a, ino)), (Some(c), None));
 }
@@ -305,7 +306,7 @@ impl World {
         assert!(!*passed, "passed twice");
         *passed = true;
         let (who, what, inos) = (*who, *what, inos.clone());
-        if what != What::Change {
+        if !self.leases.is_claim(id) {
             self.claims.remove(&id);
         }
         if matches!(what, What::Take(_)) {
@@ -345,6 +346,11 @@ impl World {
             Step::End(which) => {
                 let Some(id) = self.claims.keys().nth(which).copied() else { return };
                 let (who, what, inos, passed) = self.claims.remove(&id).expect("just found");
+                if what == What::See && passed {
+                    for ino in &inos {
+                        assert!(!self.leases.is_hidden(SESSIONS[who], *ino), "asked, and not answered");
+                    }
+                }
                 if what == What::Change && passed {
                     for ino in inos {
                         *self.versions.get_mut(&ino).expect("known") += 1;
@@ -455,6 +461,10 @@ impl World {
         for (session, ino) in self.leases.recalled.keys() {
             assert!(self.leases.lease(*session, *ino).is_some(), "recalled from somebody who has nothing");
         }
+        for (session, ino) in SESSIONS.into_iter().flat_map(|session| INOS.map(|ino| (session, ino))) {
+            let (_, passes) = self.leases.clone().claim(session, What::See, vec![ino], NOW);
+            assert_eq!(passes, !self.leases.is_hidden(session, ino), "who need not wait finds an answer");
+        }
     }
 
     /// Everybody does what he is asked for: then nobody may be left waiting.
@@ -475,9 +485,7 @@ impl World {
                     self.check();
                 }
             }
-            let passed =
-                self.claims.values().position(|(_, what, _, passed)| *passed && *what == What::Change);
-            match passed {
+            match self.claims.values().position(|(_, _, _, passed)| *passed) {
                 Some(at) => self.step(&Step::End(at)),
                 None if self.claims.is_empty() && self.inbox.iter().all(VecDeque::is_empty) => return,
                 None => {}

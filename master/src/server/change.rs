@@ -41,7 +41,7 @@ impl Change {
             }
         }
         if let mutation::Op::CopyRange(copy) = op {
-            see(link, InodeNo(copy.from)).await?;
+            drop(see(link, InodeNo(copy.from)).await?);
         }
         let inos = match state::touched(&*link.term.kv(), op) {
             Ok(inos) => inos,
@@ -65,8 +65,9 @@ impl Change {
         Proposed { proposal: Some(Box::pin(proposal)), change: Some(self) }.await
     }
 
-    /// It was applied. Answers the inodes of which the session gets leases with the answer.
-    pub fn end(mut self, answer: &Answer, opened: bool) -> Vec<InodeNo> {
+    /// It was applied. Answers since when nobody else has changed what it touched, and the inodes of which the session gets
+    /// leases with the answer.
+    pub fn end(mut self, answer: &Answer, opened: bool) -> (Clock, Vec<InodeNo>) {
         let mut memory = self.link.term.memory();
         let now = self.link.term.now();
         if let Some(claim) = self.claim.take() {
@@ -104,7 +105,7 @@ impl Change {
         }
         memory.dispatch();
         drop(memory);
-        granted
+        (self.seen, granted)
     }
 }
 
@@ -120,16 +121,21 @@ impl Drop for Change {
     }
 }
 
-/// A claim of the cluster's own; it ends when it is dropped.
+/// A claim that has passed; it ends when it is dropped.
 pub struct Claim {
     term: Arc<Term>,
     id: ClaimId,
 }
 
 impl Claim {
-    /// Waits until nobody caches anything of these inodes.
+    /// The cluster's own: waits until nobody caches anything of these inodes.
     pub async fn of_the_cluster(term: &Arc<Term>, inos: &[InodeNo]) -> Result<Self, Gone> {
-        let (id, waiting) = term.memory().claim(SessionId(0), What::Change, inos.to_vec(), term.now());
+        Self::of(term, SessionId(0), What::Change, inos.to_vec()).await
+    }
+
+    async fn of(term: &Arc<Term>, session: SessionId, what: What, inos: Vec<InodeNo>) -> Result<Self, Gone> {
+        let (id, waiting) = term.memory().claim(session, what, inos, term.now());
+        // Given up, too, by whoever stops waiting.
         let claim = Self { term: Arc::clone(term), id };
         if let Some(waiting) = waiting {
             waiting.await.map_err(|_| Gone::default())?;
@@ -144,27 +150,14 @@ impl Drop for Claim {
     }
 }
 
-/// Waits until no other session buffers changes of an inode.
-pub async fn see(link: &Link, ino: InodeNo) -> Result<(), Gone> {
-    claimed(link, What::See, ino).await
+/// Waits until no other session buffers changes of an inode; none begins to while what is answered lives.
+pub async fn see(link: &Link, ino: InodeNo) -> Result<Claim, Gone> {
+    Claim::of(&link.term, link.session, What::See, vec![ino]).await
 }
 
 /// Waits for a lease, which is to be sent with the answer.
 pub async fn take(link: &Link, ino: InodeNo, kind: Kind) -> Result<(), Gone> {
-    claimed(link, What::Take(kind), ino).await
-}
-
-async fn claimed(link: &Link, what: What, ino: InodeNo) -> Result<(), Gone> {
-    struct Waiting<'l>(&'l Link, ClaimId);
-    impl Drop for Waiting<'_> {
-        fn drop(&mut self) {
-            self.0.term.memory().end_claim(self.1, self.0.term.now());
-        }
-    }
-    let (id, waiting) = link.term.memory().claim(link.session, what, vec![ino], link.term.now());
-    let Some(waiting) = waiting else { return Ok(()) };
-    let _claim = Waiting(link, id);
-    waiting.await.map_err(|_| Gone::default())
+    Claim::of(&link.term, link.session, What::Take(kind), vec![ino]).await.map(drop)
 }
 
 /// A change that was proposed.

@@ -47,11 +47,27 @@ pub fn not_understood(seq: u64) -> Answered {
 }
 
 fn reply(seq: u64, answer: Answer) -> Answered {
-    leased(seq, answer, Vec::new())
+    Answered { reply: Reply { seq, answer: Some(answer), ..Reply::default() }, leases: Vec::new() }
 }
 
-fn leased(seq: u64, answer: Answer, leases: Vec<InodeNo>) -> Answered {
-    Answered { reply: Reply { seq, answer: Some(answer), ..Reply::default() }, leases }
+/// An answer that may be cached under leases, some of which come with it.
+fn leased(seq: u64, shown: Shown) -> Answered {
+    let Shown { answer, seen, leases } = shown;
+    Answered { reply: Reply { seq, answer: Some(answer), seen: seen.to_proto(), ..Reply::default() }, leases }
+}
+
+/// An answer from the state as it was at `seen`.
+struct Shown {
+    answer: Answer,
+    seen: Clock,
+    /// The inodes of which the session gets leases with it.
+    leases: Vec<InodeNo>,
+}
+
+impl Shown {
+    fn new(answer: Answer, seen: Clock) -> Self {
+        Self { answer, seen, leases: Vec::new() }
+    }
 }
 
 // ---- mutations ----
@@ -114,14 +130,14 @@ pub async fn mutate(
     };
     settle(&link, &answer, creating, linking);
     let created = matches!(&answer.body, Some(Body::Entry(entry)) if entry.created);
-    let mut leases = Vec::new();
     if repeated {
         drop(change);
-    } else {
-        leases = change.end(&answer, opening && created);
+        link.term.complete(link.session, &mut answer, appends);
+        return Ok(Done::Reply(reply(seq, answer)));
     }
+    let (seen, leases) = change.end(&answer, opening && created);
     link.term.complete(link.session, &mut answer, appends);
-    Ok(Done::Reply(leased(seq, answer, leases)))
+    Ok(Done::Reply(leased(seq, Shown { answer, seen, leases })))
 }
 
 /// What the session has opened an inode for.
@@ -301,7 +317,7 @@ pub async fn read(link: Arc<Link>, reads: Vec<Read>) -> Result<Done, Gone> {
             tokio::task::yield_now().await;
         }
         match look(&link, &read, opening.as_ref()) {
-            Ok((answer, leases)) => replies.push(leased(read.seq, answer, leases)),
+            Ok(shown) => replies.push(leased(read.seq, shown)),
             Err(Hidden(ino)) => waiting.push(look_behind(Arc::clone(&link), read, opening, ino).boxed()),
         }
     }
@@ -325,9 +341,9 @@ async fn look_behind(
         return Ok(Done::Reply(reply(read.seq, answer)));
     }
     loop {
-        change::see(&link, hidden).await?;
+        let _seen = change::see(&link, hidden).await?;
         match look(&link, &read, opening.as_ref()) {
-            Ok((answer, leases)) => return Ok(Done::Reply(leased(read.seq, answer, leases))),
+            Ok(shown) => return Ok(Done::Reply(leased(read.seq, shown))),
             // A name that stands for something else by now, or somebody who was quicker.
             Err(Hidden(ino)) => hidden = ino,
         }
@@ -361,23 +377,23 @@ async fn look_at_anothers(link: &Link, read: &Read, ino: InodeNo) -> Option<Answ
     Some(answer)
 }
 
-/// Answers a question or a hold from the applied state. With the answer go the inodes of which the session gets leases.
-fn look(link: &Arc<Link>, read: &Read, opening: Option<&Opening>) -> Result<(Answer, Vec<InodeNo>), Hidden> {
+/// Answers a question or a hold from the applied state.
+fn look(link: &Arc<Link>, read: &Read, opening: Option<&Opening>) -> Result<Shown, Hidden> {
     let seen = link.term.memory().leases.clock();
     match &read.op {
         ReadOp::Query(query) => {
             let answer = ask(link, &read.cred, query);
             let leases = lease_what_is_shown(link, query, &answer, seen)?;
-            Ok((answer, leases))
+            Ok(Shown { answer, seen, leases })
         }
         ReadOp::Hold(hold::Op::Open(open)) => match opening {
             Some(opening) => opening.look(&read.cred, open, seen),
             None => {
                 let gone = FsError::new(ErrorCode::ErrorStale, format!("inode {} is gone", open.ino));
-                Ok((failed(gone), Vec::new()))
+                Ok(Shown::new(failed(gone), seen))
             }
         },
-        ReadOp::Hold(hold) => Ok((hold_now(link, hold), Vec::new())),
+        ReadOp::Hold(hold) => Ok(Shown::new(hold_now(link, hold), seen)),
     }
 }
 
@@ -509,9 +525,9 @@ impl Opening {
         counts.then(|| Self { link: Arc::clone(link), ino, granted: AtomicBool::new(false) })
     }
 
-    fn look(&self, cred: &Cred, open: &v1::Open, seen: Clock) -> Result<(Answer, Vec<InodeNo>), Hidden> {
+    fn look(&self, cred: &Cred, open: &v1::Open, seen: Clock) -> Result<Shown, Hidden> {
         let (kv, session) = (self.link.term.kv(), self.link.session);
-        let refused = |error: FsError| Ok((failed(error), Vec::new()));
+        let refused = |error: FsError| Ok(Shown::new(failed(error), seen));
         if self.link.term.memory().leases.is_hidden(session, self.ino) {
             return Err(Hidden(self.ino));
         }
@@ -550,7 +566,7 @@ impl Opening {
         }
         let mut answer = answer(Body::Opened(v1::Opened { attr: Some(attr), layout }));
         self.link.term.complete(session, &mut answer, Appends::None);
-        Ok((answer, leases))
+        Ok(Shown { answer, seen, leases })
     }
 }
 
@@ -577,12 +593,13 @@ pub async fn take_lease(link: Arc<Link>, seq: u64, take: v1::TakeLease) -> Resul
     }
     change::take(&link, ino, kind).await?;
     link.term.shared.confirm().await?;
-    let body = match state::attr(&*link.term.kv(), ino) {
+    let seen = link.term.memory().leases.clock();
+    let answer = match state::attr(&*link.term.kv(), ino) {
         Ok(Some(attr)) => answer(Body::Leased(v1::Leased { attr: Some(attr) })),
         Ok(None) => failed(FsError::new(ErrorCode::ErrorStale, format!("inode {ino} is gone"))),
         Err(error) => failed(store_failed("reading an inode", &error)),
     };
-    Ok(Done::Reply(leased(seq, body, vec![ino])))
+    Ok(Done::Reply(leased(seq, Shown { answer, seen, leases: vec![ino] })))
 }
 
 /// The client appends no more to one of its chunks.

@@ -2,6 +2,7 @@
 
 use crate::workload::Violation;
 use dfs_master::raft::SimStorage;
+use dfs_master::state::keys;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -19,6 +20,19 @@ fn rows(storage: &SimStorage) -> Result<Rows, Violation> {
         })
         .map_err(|error| format!("I7: cannot read a state: {error}"))?;
     Ok(rows)
+}
+
+/// Whether all masters have applied the same entries: their states say how far they are.
+pub fn alike(masters: &[Arc<SimStorage>]) -> Result<bool, Violation> {
+    let mut applied = Vec::new();
+    for storage in masters {
+        let at = storage
+            .kv()
+            .get(&[keys::tag::RAFT])
+            .map_err(|error| format!("I7: cannot read a state: {error}"))?;
+        applied.push(at);
+    }
+    Ok(applied.windows(2).all(|pair| pair[0] == pair[1]))
 }
 
 /// Compares the masters' whole states. They have come to rest, so all have applied the same index.

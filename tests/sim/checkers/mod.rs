@@ -4,7 +4,7 @@ mod i10;
 mod i2;
 mod i4;
 mod i6;
-mod i7;
+pub mod i7;
 
 use crate::disk::SimDisk;
 use crate::workload::Violation;
