@@ -17,7 +17,7 @@ use dfs_proto::v1::LeaseKind;
 use dfs_proto::{InodeNo, limits};
 use lru::LruCache;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -99,6 +99,8 @@ struct Held {
     wanted: Option<Option<Kind>>,
     /// It is being given up, down to this.
     leaving: Option<Option<Kind>>,
+    /// The kernel wrote back pages under it: bytes may be kept under a read lease.
+    kept: bool,
 }
 
 impl Held {
@@ -107,6 +109,10 @@ impl Held {
         self.leaving = Some(self.leaving.map_or(keep, |leaving| leaving.min(keep)));
     }
 }
+
+/// Bytes came to be kept under a lease that was about to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unclean;
 
 /// Inodes on which leases are asserted.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -124,9 +130,10 @@ pub struct Leases {
     next_term: AtomicU64,
     /// Until when they count, in milliseconds since boot.
     deadline: AtomicU64,
-    /// Write leases that ended with their session, and the version that the inode had then: what was kept under them may be
-    /// committed later only if nobody else has changed the inode since.
+    /// Leases that ended with their session and under which bytes may be kept, and the version that the inode had then: these
+    /// bytes are shown to nobody, and committed only if nobody else has changed the inode since.
     lost: Mutex<HashMap<InodeNo, u64>>,
+    lost_count: AtomicUsize,
     /// A reserved lease was used.
     used: Notify,
 }
@@ -142,6 +149,7 @@ impl Leases {
             next_term: AtomicU64::new(1),
             deadline: AtomicU64::new(0),
             lost: Mutex::default(),
+            lost_count: AtomicUsize::new(0),
             used: Notify::new(),
         }
     }
@@ -185,6 +193,7 @@ impl Leases {
                     reserved: false,
                     wanted: None,
                     leaving: None,
+                    kept: false,
                 };
                 shard.put(ino, held);
             }
@@ -229,10 +238,20 @@ impl Leases {
         }
     }
 
-    /// The version that an inode had when its write lease was lost with the session, once.
+    /// The version that an inode had when its lease was lost with the session, if bytes may be kept from before.
     #[must_use]
-    pub fn take_lost(&self, ino: InodeNo) -> Option<u64> {
-        self.lost().remove(&ino)
+    pub fn lost_at(&self, ino: InodeNo) -> Option<u64> {
+        if self.lost_count.load(Ordering::SeqCst) == 0 {
+            return None;
+        }
+        self.lost().get(&ino).copied()
+    }
+
+    /// What was kept under a lost lease may be committed, or is gone.
+    pub fn settle_lost(&self, ino: InodeNo) {
+        let mut lost = self.lost();
+        lost.remove(&ino);
+        self.lost_count.store(lost.len(), Ordering::SeqCst);
     }
 
     fn lost(&self) -> MutexGuard<'_, HashMap<InodeNo, u64>> {
@@ -255,6 +274,9 @@ impl Leases {
     /// Does something that takes a write lease, if there is one, and in this term if one is given. While it is being done,
     /// the lease does not end; it must not look at leases itself.
     pub fn writing<T>(&self, ino: InodeNo, term: Option<Term>, act: impl FnOnce() -> T) -> Option<T> {
+        if self.lost_at(ino).is_some() {
+            return None;
+        }
         let mut shard = self.shard(ino);
         let held = shard.get_mut(&ino)?;
         let another = term.is_some_and(|term| term != held.term);
@@ -266,6 +288,29 @@ impl Leases {
             self.used.notify_waiters();
         }
         Some(done)
+    }
+
+    /// Keeps what the kernel writes back of a shared mapping, under any lease, also one that is being given up: it ends only
+    /// when that is committed. While it is being done, the lease does not end; it must not look at leases itself.
+    pub fn keeping<T>(&self, ino: InodeNo, act: impl FnOnce() -> T) -> Option<T> {
+        if self.lost_at(ino).is_some() {
+            return None;
+        }
+        let mut shard = self.shard(ino);
+        let held = shard.get_mut(&ino)?;
+        held.kept = true;
+        Some(act())
+    }
+
+    /// Whoever waited for a lease has used it.
+    pub fn used(&self, ino: InodeNo) {
+        let mut shard = self.shard(ino);
+        if let Some(held) = shard.peek_mut(&ino)
+            && std::mem::take(&mut held.reserved)
+            && held.wanted.is_some()
+        {
+            self.used.notify_waiters();
+        }
     }
 
     /// Leases to be given up because the master is short of memory: so many, the least used first.
@@ -356,20 +401,31 @@ impl Leases {
         held.map(|held| held.leaving = Some(None)).is_some()
     }
 
-    /// Nothing is cached or kept any more beyond what remains of the lease. What to tell the master: the number of the grant,
-    /// and what is kept. None: there is more to give up meanwhile, or nothing is held.
-    pub fn left_behind(&self, ino: InodeNo, keep: Option<Kind>) -> Option<u64> {
+    /// Nothing is cached or kept any more beyond what remains of the lease, if it is `clean`, which must not look at leases.
+    /// What to tell the master: the number of the grant. None: there is more to give up meanwhile, or nothing is held.
+    ///
+    /// # Errors
+    /// It is not clean.
+    pub fn left_behind(
+        &self,
+        ino: InodeNo,
+        keep: Option<Kind>,
+        clean: impl FnOnce() -> bool,
+    ) -> Result<Option<u64>, Unclean> {
         let mut shard = self.shard(ino);
-        let held = shard.peek_mut(&ino)?;
-        if held.leaving? < keep {
-            return None;
+        let Some(held) = shard.peek_mut(&ino) else { return Ok(None) };
+        if held.leaving.is_none_or(|leaving| leaving < keep) {
+            return Ok(None);
+        }
+        if !clean() {
+            return Err(Unclean);
         }
         let grant = held.grant;
         match keep {
             Some(kind) => (held.kind, held.leaving) = (held.kind.min(kind), None),
             None => drop(shard.pop(&ino)),
         }
-        Some(grant)
+        Ok(Some(grant))
     }
 
     /// What is held, to be asserted to a master on a stream that begins; grants are numbered 0 from here on.
@@ -395,8 +451,11 @@ impl Leases {
         for shard in &self.shards {
             let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
             held.extend(shard.iter().map(|(ino, lease)| (*ino, lease.kind)));
-            let writes = shard.iter().filter(|(_, lease)| lease.kind == Kind::Write);
-            self.lost().extend(writes.map(|(ino, lease)| (*ino, lease.version)));
+            let writes = shard.iter().filter(|(_, lease)| lease.kind == Kind::Write || lease.kept);
+            let mut lost = self.lost();
+            lost.extend(writes.map(|(ino, lease)| (*ino, lease.version)));
+            self.lost_count.store(lost.len(), Ordering::SeqCst);
+            drop(lost);
             shard.clear();
         }
         held
@@ -487,13 +546,14 @@ mod tests {
         assert_eq!(leases.recalled(INO, 2, Some(Kind::Read)), Err(None));
         assert_eq!(leases.recalled(INO, 2, None), Ok(Kind::Write));
         assert!(!leases.is_current(INO, term));
-        assert_eq!(leases.left_behind(INO, Some(Kind::Read)), None);
-        assert_eq!(leases.left_behind(INO, None), Some(2));
-        assert_eq!((leases.left_behind(INO, None), leases.count()), (None, 0));
+        assert_eq!(leases.left_behind(INO, Some(Kind::Read), || true), Ok(None));
+        assert_eq!(leases.left_behind(INO, None, || true), Ok(Some(2)));
+        assert_eq!((leases.left_behind(INO, None, || true), leases.count()), (Ok(None), 0));
         leases.granted(INO, Kind::Read, 5, SEEN);
         assert_eq!(leases.recalled(INO, 5, None), Ok(Kind::Read));
         leases.forget(INO);
-        assert_eq!(leases.left_behind(INO, None), Some(5), "the master waits for it");
+        assert_eq!(leases.left_behind(INO, None, || false), Err(Unclean));
+        assert_eq!(leases.left_behind(INO, None, || true), Ok(Some(5)), "the master waits for it");
         leases.granted(INO, Kind::Read, 6, SEEN);
         leases.forget(INO);
         assert_eq!(leases.count(), 0);
@@ -507,7 +567,7 @@ mod tests {
         let tenure = leases.tenure(INO).expect("held");
         leases.seen(INO, tenure, 9);
         assert_eq!(leases.end(), [(INO, Kind::Write)]);
-        assert_eq!((leases.take_lost(INO), leases.take_lost(INO)), (Some(9), None));
+        assert_eq!(leases.lost_at(INO), Some(9));
     }
 
     #[tokio::test(start_paused = true)]
@@ -520,7 +580,7 @@ mod tests {
         let (held, written) = tokio::join!(leases.depart(INO), async { leases.writing(INO, None, || 7) });
         assert_eq!((held, written), (Some(Kind::Write), Some(7)));
         assert_eq!(leases.writing(INO, None, || ()), None);
-        assert_eq!(leases.left_behind(INO, None), Some(1));
+        assert_eq!(leases.left_behind(INO, None, || true), Ok(Some(1)));
         // Nobody comes to use it.
         leases.granted(INO, Kind::Write, 2, SEEN);
         leases.reserve(INO);
@@ -542,7 +602,7 @@ mod tests {
         assert!(leases.term(ino(1)).is_some());
         assert_eq!(leases.granted(ino(3), Kind::Read, 1, SEEN), Some((ino(2), Kind::Write)));
         assert_eq!(leases.kind(ino(2)), None);
-        assert_eq!(leases.left_behind(ino(2), None), Some(1));
+        assert_eq!(leases.left_behind(ino(2), None, || true), Ok(Some(1)));
         let mut asserted = leases.assert(SEEN);
         asserted.read.sort_unstable();
         assert_eq!(asserted, Asserted { read: vec![ino(1).get(), ino(3).get()], write: Vec::new() });

@@ -332,7 +332,7 @@ mod tests {
         let changing = fresh(&cache);
         assert_eq!(leases.recalled(ino, 1, None), Ok(Kind::Read));
         assert!(cache.attr(ino).is_none());
-        assert_eq!(leases.left_behind(ino, None), Some(1));
+        assert_eq!(leases.left_behind(ino, None, || true), Ok(Some(1)));
         let later = Seen { clock: SEEN.clock + 1, ..SEEN };
         leases.granted(ino, Kind::Read, 2, later);
         assert!(cache.attr(ino).is_none(), "what was learned under another lease");

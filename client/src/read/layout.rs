@@ -297,7 +297,7 @@ mod tests {
         assert_eq!(layouts.get(INO, 0, 100, 0), None);
         layouts.learn(INO, &layout, 0, 100, layouts.asking(INO));
         layouts.forget(INO);
-        leases.left_behind(INO, None);
+        assert_eq!(leases.left_behind(INO, None, || true), Ok(Some(1)));
         leases.granted(INO, Kind::Read, 2, SEEN);
         layouts.learn(INO, &layout, 0, 100, asked);
         assert_eq!(layouts.get(INO, 0, 100, 0), None, "asked for under another lease");

@@ -14,7 +14,7 @@ mod link;
 mod requests;
 mod route;
 
-use crate::leases::{Kind, Leases};
+use crate::leases::{Kind, Leases, Unclean};
 use crate::{ClientConfig, Defaults, Master, settings};
 use async_trait::async_trait;
 use dfs_env::Env;
@@ -171,10 +171,20 @@ impl Session {
         &self.shared.leases
     }
 
-    /// A lease was given up, down to `keep`: what was kept under the rest is committed, what was cached is dropped.
-    pub fn give_back(&self, ino: InodeNo, keep: Option<Kind>) {
-        self.shared.state().give_back(ino, keep);
+    /// A lease was given up, down to `keep`: what was kept under the rest is committed, which `clean` tells (and looks at no
+    /// leases), what was cached is dropped.
+    ///
+    /// # Errors
+    /// It is not clean: bytes have come.
+    pub fn give_back(
+        &self,
+        ino: InodeNo,
+        keep: Option<Kind>,
+        clean: impl FnOnce() -> bool,
+    ) -> Result<(), Unclean> {
+        self.shared.state().give_back(ino, keep, clean)?;
         self.shared.wake();
+        Ok(())
     }
 
     /// Answers a question of the master about a file.

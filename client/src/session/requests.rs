@@ -15,7 +15,7 @@
 //! hours must not make it keep the answers of everything since.
 
 use super::held::Held;
-use crate::leases::{Kind, Leases, Seen};
+use crate::leases::{Kind, Leases, Seen, Unclean};
 use dfs_env::defect::{self, Defect};
 use dfs_proto::v1::{
     self, Answer, CancelLock, ClientFrame, Cred, ErrorCode, Goodbye, Hello, LeaseReturn, MasterFrame, Reply,
@@ -293,13 +293,19 @@ impl State {
         outcome
     }
 
-    /// A lease was given up, as far as it was asked for.
-    pub fn give_back(&mut self, ino: InodeNo, keep: Option<Kind>) {
-        if let Some(grant) = self.leases.left_behind(ino, keep) {
+    /// A lease was given up, as far as it was asked for, if it is clean.
+    pub fn give_back(
+        &mut self,
+        ino: InodeNo,
+        keep: Option<Kind>,
+        clean: impl FnOnce() -> bool,
+    ) -> Result<(), Unclean> {
+        if let Some(grant) = self.leases.left_behind(ino, keep, clean)? {
             tracing::trace!(%ino, grant, ?keep, "a lease is given back");
             let keep = Kind::to_proto(keep).into();
             self.returned.push(LeaseReturn { ino: ino.get(), grant, keep });
         }
+        Ok(())
     }
 
     /// What a file looks like that the master asked about; nothing: its changes are not kept here any more.

@@ -269,7 +269,7 @@ fn leases_count_before_their_answers_and_are_given_back_under_their_numbers() {
     assert_eq!((state.leases.kind(InodeNo(5)), state.leases.kind(InodeNo(6))), (None, Some(Kind::Read)));
     let returned = |ino, grant| LeaseReturn { ino, grant, ..LeaseReturn::default() };
     assert_eq!(state.frame(NOW).expect("not held").returned, [returned(9, 3)]);
-    state.give_back(InodeNo(5), None);
+    assert_eq!(state.give_back(InodeNo(5), None, || true), Ok(()));
     assert_eq!(state.frame(NOW).expect("given back").returned, [returned(5, 4)]);
     let hello = state.hello("n", "h", NOW);
     assert_eq!((hello.read_leases, hello.takes_leases), (vec![6], true));

@@ -186,7 +186,8 @@ impl Inner {
         }
         // The answer to a commit is learned before the bytes leave memory. Looked at in the other order, the attributes
         // could be from before the commit and the bytes gone: the file would seem shorter than it was.
-        let dirty = self.data.dirty(ino);
+        let lost = self.session.leases().lost_at(ino).is_some();
+        let dirty = self.data.dirty(ino).filter(|_| !lost);
         if let Some(known) = self.cache.last_attr(ino).filter(|known| known.version > attr.version) {
             attr = known;
         }

@@ -2,6 +2,7 @@
 
 use super::attr::check_end;
 use super::{Client, Inner, OpenFile, OpenFlags, Privileges, attr_of, own_cred, unexpected};
+use crate::leases::Term;
 use crate::read::ANY_VERSION;
 use bytes::Bytes;
 use dfs_proto::cred::PRIVILEGED;
@@ -69,6 +70,7 @@ impl Client {
     pub async fn read(&self, file: &OpenFile, offset: u64, len: usize) -> FsResult<Bytes> {
         let (inner, leases) = (&self.inner, self.inner.session.leases());
         for attempt in 0.. {
+            inner.settle_lost(file.ino).await;
             let tenure = leases.tenure(file.ino);
             let mut attr = inner.attr_now(file.ino).await?;
             if offset >= attr.size || len == 0 {
@@ -128,6 +130,47 @@ impl Client {
         self.inner.write_at(file, offset, data, privileges).await
     }
 
+    /// Takes what the kernel writes back of a shared mapping, without waiting, if that is possible; `None`: call
+    /// [`Client::write_back`].
+    pub fn try_write_back(&self, ino: InodeNo, offset: u64, data: &[u8]) -> Option<FsResult<()>> {
+        if let Err(error) = check_end(offset, data.len() as u64) {
+            return Some(Err(error));
+        }
+        let leases = self.inner.session.leases();
+        leases.keeping(ino, || self.inner.data.try_write(ino, offset, data)).flatten()
+    }
+
+    /// Takes what the kernel writes back of a shared mapping. Under any lease it waits for nobody else: he may wait for the
+    /// lease, and the lease for these pages.
+    ///
+    /// # Errors
+    /// As [`Client::write`].
+    pub async fn write_back(&self, ino: InodeNo, offset: u64, data: &[u8]) -> FsResult<()> {
+        let inner = &self.inner;
+        loop {
+            if let Some(taken) = self.try_write_back(ino, offset, data) {
+                return taken;
+            }
+            inner.settle_lost(ino).await;
+            if inner.session.leases().tenure(ino).is_some() {
+                inner.data.room().await?;
+            } else {
+                inner.take_write_lease(ino).await?;
+            }
+        }
+    }
+
+    /// The lease under which an inode may be read and what was read be kept, waited for in its turn if there is none.
+    /// None: there is none to be had now.
+    pub async fn read_lease(&self, ino: InodeNo) -> Option<Term> {
+        self.inner.take_read_lease(ino).await
+    }
+
+    /// What was read under a lease is where it is to be kept: others may have the lease now.
+    pub fn has_read(&self, ino: InodeNo) {
+        self.inner.session.leases().used(ino);
+    }
+
     /// Writes at the end of the file as it is at that moment, and answers where that was.
     ///
     /// # Errors
@@ -140,6 +183,7 @@ impl Client {
         let loses = inner.loses_privileges(file, privileges);
         inner.mark_written(file, privileges, loses);
         loop {
+            inner.settle_lost(ino).await;
             // Nobody else can move the end while this client alone may write.
             inner.take_write_lease(ino).await?;
             let term = leases.term(ino);
@@ -242,6 +286,7 @@ impl Inner {
             if done == data.len() {
                 return Ok(());
             }
+            self.settle_lost(ino).await;
             self.take_write_lease(ino).await?;
         }
     }

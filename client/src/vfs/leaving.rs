@@ -2,11 +2,12 @@
 //! master is told. And taking write leases.
 
 use super::{Client, Inner, own_cred, unexpected};
-use crate::leases::Kind;
+use crate::leases::{Kind, Term};
 use crate::session::{Leaving, Wanted};
 use dfs_env::defect::{self, Defect};
 use dfs_proto::v1::{self, ErrorCode, LeaseKind, answer, hold};
 use dfs_proto::{FsError, FsResult, InodeNo};
+use futures::StreamExt;
 use futures::future::BoxFuture;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -20,6 +21,12 @@ const UNCONFIRMED: Duration = Duration::from_millis(20);
 
 /// How often it is tried to commit what is kept of a file that somebody else wants.
 const FLUSHES: usize = 3;
+
+/// How long what the kernel wrote back under a read lease holds others up.
+const WRITE_BACK: Duration = Duration::from_secs(1);
+
+/// Inodes whose pages are dropped side by side when the master is silent.
+const SIDE_BY_SIDE: usize = 64;
 
 /// Whoever keeps caches of its own behind this client: the kernel.
 pub trait Kernel: Send + Sync + 'static {
@@ -46,7 +53,7 @@ pub(super) async fn run(inner: Weak<Inner>, mut wanted: mpsc::UnboundedReceiver<
                 let Some(inner) = inner.upgrade() else { return };
                 let believes = !inner.session.leases().left().is_zero();
                 if believed && !believes {
-                    inner.drop_pages_of_all().await;
+                    inner.drop_pages_of_all();
                 }
                 believed = believes;
                 continue;
@@ -73,22 +80,40 @@ impl Inner {
             tokio::time::sleep(TICK / 10).await;
             return self.session.leases().forget(ino);
         }
-        if self.data.dirty(ino).is_none() {
-            // If the lease was lost with its session, nothing of it was.
-            let _nothing = self.session.leases().take_lost(ino);
+        // Pages first: what programs changed in shared mappings comes back, and is kept, and committed before others go on. No
+        // other bytes are kept from the moment of the recall on.
+        if keep.is_none()
+            && let Some(kernel) = self.kernel.get()
+        {
+            kernel.forget(ino).await;
         }
-        // No new bytes are kept from the moment of the recall on. Under a read lease none are: what is on its way then may
-        // itself wait for somebody else who waits for this lease.
-        if held == Kind::Write {
-            self.flush_for_good(ino).await;
-        }
-        if keep.is_none() {
-            self.data.forget_layout(ino);
-            if let Some(kernel) = self.kernel.get() {
-                kernel.forget(ino).await;
+        for _ in 0..FLUSHES {
+            match held {
+                Kind::Write => self.flush_for_good(ino).await,
+                Kind::Read => self.flush_for_a_while(ino).await,
+            }
+            if keep.is_none() {
+                self.data.forget_layout(ino);
+            }
+            if self.session.give_back(ino, keep, || self.data.dirty(ino).is_none()).is_ok() {
+                return;
             }
         }
-        self.session.give_back(ino, keep);
+        // What has come since is committed later, as if it had been written then.
+        let _clean_enough = self.session.give_back(ino, keep, || true);
+    }
+
+    /// Commits what the kernel wrote back under a read lease. Another client may have to do the same before this one can: who
+    /// of the two goes first is nobody's business, but not for long.
+    async fn flush_for_a_while(&self, ino: InodeNo) {
+        if self.data.dirty(ino).is_none() {
+            return;
+        }
+        match tokio::time::timeout(WRITE_BACK, self.data.flush(ino)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => self.data.keep_error(ino, error),
+            Err(_) => tracing::debug!(%ino, "bytes of a shared mapping are committed after others went on"),
+        }
     }
 
     /// Commits what is kept of an inode. What cannot be committed is dropped, and told to whoever wrote it: from here on it
@@ -128,18 +153,55 @@ impl Inner {
     pub(super) fn surrender(&self, ino: InodeNo) {
         if self.session.leases().surrender(ino) {
             self.data.forget_layout(ino);
-            self.session.give_back(ino, None);
+            let _always_clean = self.session.give_back(ino, None, || true);
         }
+    }
+
+    /// Bytes that were kept under a lease which was lost with its session are committed, or dropped, before anybody sees them
+    /// or adds to them.
+    pub(super) async fn settle_lost(&self, ino: InodeNo) {
+        let leases = self.session.leases();
+        if leases.lost_at(ino).is_none() {
+            return;
+        }
+        if self.data.dirty(ino).is_some()
+            && let Err(error) = self.data.flush(ino).await
+        {
+            // For whoever wrote them.
+            self.data.keep_error(ino, error);
+        }
+        leases.settle_lost(ino);
     }
 
     /// Nothing was heard of the master for so long that it may have given the session up: pages in the kernel, which live
     /// without a time-out, are not to be read any more.
-    async fn drop_pages_of_all(&self) {
-        let Some(kernel) = self.kernel.get() else { return };
+    fn drop_pages_of_all(&self) {
+        let Some(kernel) = self.kernel.get().map(Arc::clone) else { return };
         tracing::warn!("no word of the master for too long: nothing cached is believed until there is");
-        for ino in self.session.leases().all() {
-            kernel.forget(ino).await;
+        let all = futures::stream::iter(self.session.leases().all());
+        tokio::spawn(async move {
+            all.for_each_concurrent(SIDE_BY_SIDE, |ino| kernel.forget(ino)).await;
+        });
+    }
+
+    /// Gets a read lease, if the inode is not leased yet: first with its attributes, then in its turn. None: there was an error,
+    /// or somebody else wanted it at once.
+    pub(super) async fn take_read_lease(&self, ino: InodeNo) -> Option<Term> {
+        let leases = self.session.leases();
+        if let Some(term) = leases.term(ino) {
+            return Some(term);
         }
+        self.attr_now(ino).await.ok()?;
+        if let Some(term) = leases.term(ino) {
+            return Some(term);
+        }
+        let ticket = self.cache.ticket();
+        let take = v1::TakeLease { ino: ino.get(), kind: LeaseKind::LeaseRead.into() };
+        let heard = self.session.get(&own_cred(), hold::Op::TakeLease(take)).await;
+        if let answer::Body::Leased(v1::Leased { attr: Some(attr) }) = heard.result.ok()? {
+            self.cache.put_attr(&ticket.at(heard.seen), &attr);
+        }
+        leases.term(ino)
     }
 
     /// Gets a write lease. It may be wanted elsewhere again before it is of use: whoever needs it looks, and comes again.

@@ -7,7 +7,8 @@
 //!   is told.
 
 use super::own_cred;
-use crate::cache::Cache;
+use crate::cache::{Cache, Touched};
+use crate::leases::Kind;
 use crate::session::Session;
 use crate::{Defaults, Master};
 use async_trait::async_trait;
@@ -36,11 +37,15 @@ impl Observer {
 
     async fn commit(&self, cred: &Cred, commit: v1::Commit) -> FsResult<answer::Body> {
         let (ino, made) = (InodeNo(commit.ino), commit.ctime);
-        if let Some(version) = self.session.leases().take_lost(ino) {
+        if let Some(version) = self.session.leases().lost_at(ino) {
             // Whatever the cause, what was kept must not be committed any more: the data plane drops it and tells.
             let regained = self.regain(ino, version).await;
             regained.map_err(|error| FsError { code: ErrorCode::ErrorConflict, ..error })?;
+            self.session.leases().settle_lost(ino);
         }
+        // Under a write lease nobody else can see it before its answer is here.
+        let seen_by_others = self.session.leases().kind(ino) != Some(Kind::Write);
+        let doubt = seen_by_others.then(|| self.cache.changing(Touched::inode(ino)));
         let (ticket, session) = (self.cache.ticket(), self.session.session());
         let heard = self.session.change(cred, mutation::Op::Commit(commit)).await;
         match &heard.result {
@@ -50,6 +55,9 @@ impl Observer {
             }
             Err(_) if self.session.session() != session => drop(self.unsure().insert(ino, made)),
             _ => {}
+        }
+        if let Some(doubt) = doubt {
+            self.cache.changed_or_not(doubt, heard.answered);
         }
         heard.result
     }

@@ -21,6 +21,9 @@ use std::time::Duration;
 /// The most one copy_file_range answers for; the kernel takes 32 bits and asks again for the rest.
 const COPY_MAX: u64 = 1 << 31;
 
+/// How often a read begins again because its lease was wanted elsewhere.
+const READS: usize = 4;
+
 /// The extended attribute that holds a program's capabilities.
 const CAPABILITY: &[u8] = b"security.capability";
 
@@ -29,6 +32,19 @@ pub struct File {
     pub open: Arc<OpenFile>,
     /// Opened with O_APPEND: what programs write goes to the end of the file as it is then.
     append: bool,
+}
+
+/// A read that is registered as not answered yet, until this is dropped: also by a panic, or by its end.
+struct Waiting {
+    fs: Arc<Shared>,
+    ino: InodeNo,
+    id: u64,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.fs.requests.end(self.ino, self.id);
+    }
 }
 
 /// What a program wrote, and where the kernel thinks that it goes.
@@ -123,7 +139,13 @@ impl Shared {
             let _runtime = self.runtime.enter();
             // Which groups the writer is in is asked for when it counts.
             let privileges = ended_by(Caller::without_groups);
-            let now = AssertUnwindSafe(|| self.client.try_write(&file.open, to.offset, data, &privileges));
+            let now = AssertUnwindSafe(|| {
+                if write_back {
+                    self.client.try_write_back(file.open.ino, to.offset, data)
+                } else {
+                    self.client.try_write(&file.open, to.offset, data, &privileges)
+                }
+            });
             match std::panic::catch_unwind(now) {
                 Ok(Some(Ok(()))) => return reply.written(written),
                 Ok(Some(Err(error))) => {
@@ -142,15 +164,17 @@ impl Shared {
         let (ino, id) = (file.open.ino, request.unique().0);
         let range = to.offset..to.offset.saturating_add(data.len() as u64);
         // Before anybody can wait for the pages that it holds.
-        self.writes.begin(ino, id, range.clone());
+        self.requests.begin_write(ino, id, range.clone());
         self.serve(request, reply, patience, move |fs, answer| async move {
             let before = fs.client.lease_term(ino);
             let done = if append {
                 fs.append(&file, to.offset, &data, &privileges).await
+            } else if write_back {
+                fs.client.write_back(ino, to.offset, &data).await
             } else {
                 fs.client.write(&file.open, to.offset, &data, &privileges).await
             };
-            fs.writes.end(ino, id);
+            fs.requests.end(ino, id);
             answer.give(done, |reply, ()| reply.written(written));
             if !append && (before.is_none() || fs.client.lease_term(ino) != before) {
                 // Its pages may hold, around what it wrote, what somebody else has changed while it waited.
@@ -159,18 +183,40 @@ impl Shared {
         });
     }
 
-    /// Reads. What is read without a lease that lasts is not to stay in the kernel.
-    pub async fn read(self: &Arc<Self>, file: &File, offset: u64, size: u32, answer: Answer<ReplyData>) {
-        let ino = file.open.ino;
-        let before = self.client.lease_term(ino);
-        let read = self.client.read(&file.open, offset, size as usize).await;
-        // A read that began without a lease may have got one with its answer.
-        let stays = before.is_some() && self.client.lease_term(ino) == before;
-        answer.give(read, |reply, bytes| reply.data(&bytes));
-        if !stays {
-            self.inodes.pages_dropped(ino);
-            self.drop_pages_of(ino, offset..offset.saturating_add(size.into())).await;
+    /// Reads. What stays in the kernel was read under a lease that lasts.
+    pub async fn read(
+        self: &Arc<Self>,
+        id: u64,
+        file: &File,
+        offset: u64,
+        size: u32,
+        answer: Answer<ReplyData>,
+    ) {
+        let (ino, length) = (file.open.ino, size as usize);
+        if file.append {
+            // Opened for direct I/O: nothing stays.
+            return answer
+                .give(self.client.read(&file.open, offset, length).await, |reply, bytes| reply.data(&bytes));
         }
+        let range = offset..offset.saturating_add(size.into());
+        self.requests.begin_read(ino, id, range.clone());
+        let waiting = Waiting { fs: Arc::clone(self), ino, id };
+        for _ in 0..READS {
+            let term = self.client.read_lease(ino).await;
+            let read = self.client.read(&file.open, offset, length).await;
+            let lasts = || term.is_some() && self.client.lease_term(ino) == term;
+            let stays = self.requests.end_read_if(ino, id, lasts);
+            self.client.has_read(ino);
+            if stays || read.is_err() {
+                drop(waiting);
+                return answer.give(read, |reply, bytes| reply.data(&bytes));
+            }
+        }
+        let read = self.client.read(&file.open, offset, length).await;
+        drop(waiting);
+        answer.give(read, |reply, bytes| reply.data(&bytes));
+        self.inodes.pages_dropped(ino);
+        self.drop_pages_of(ino, range).await;
     }
 
     async fn drop_pages_of(self: &Arc<Self>, ino: InodeNo, range: Range<u64>) {

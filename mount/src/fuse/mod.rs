@@ -319,8 +319,9 @@ impl Filesystem for Dfs {
         let Some(file) = self.0.files.get(handle) else {
             return reply.error(Errno::EBADF);
         };
+        let id = request.unique().0;
         self.0.serve(request, reply, Patience::Killed, move |fs, answer| async move {
-            fs.read(&file, offset, size, answer).await;
+            fs.read(id, &file, offset, size, answer).await;
         });
     }
 

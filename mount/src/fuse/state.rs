@@ -4,7 +4,7 @@ use super::answer::Caller;
 use super::convert::{lock_end, lock_type};
 use super::dirs::Dir;
 use super::files::File;
-use super::forget::{Forgetter, NAME_TTL, Writes};
+use super::forget::{Forgetter, NAME_TTL, Requests};
 use super::handles::Handles;
 use crate::inodes::Inodes;
 use crate::kernel::Kernel;
@@ -50,7 +50,7 @@ pub struct Shared {
     pub registry: Arc<Registry>,
     pub runtime: Handle,
     /// Writes that wait for something.
-    pub writes: Writes,
+    pub requests: Requests,
     /// Set once the mount is there.
     pub kernel: OnceLock<Kernel>,
 }
@@ -69,7 +69,7 @@ impl Dfs {
             dirs: Handles::default(),
             registry,
             runtime,
-            writes: Writes::default(),
+            requests: Requests::default(),
             kernel: OnceLock::new(),
         }))
     }
