@@ -401,6 +401,14 @@ impl Leases {
         held.map(|held| held.leaving = Some(None)).is_some()
     }
 
+    /// Nothing is believed of an inode any more that is being given up as a whole, but something is to be committed before: the
+    /// number of the grant, for the master.
+    #[must_use]
+    pub fn flushing(&self, ino: InodeNo) -> Option<u64> {
+        let held = self.shard(ino).peek(&ino).copied()?;
+        (held.leaving == Some(None)).then_some(held.grant)
+    }
+
     /// Nothing is cached or kept any more beyond what remains of the lease, if it is `clean`, which must not look at leases.
     /// What to tell the master: the number of the grant. None: there is more to give up meanwhile, or nothing is held.
     ///

@@ -42,8 +42,11 @@ pub const CONNECTION_WINDOW: u32 = 64 << 20;
 /// The most requests packed into one frame of a session, and the most bytes they may take together.
 pub const FRAME_REQUESTS_MAX: usize = 1024;
 pub const FRAME_BYTES_MAX: usize = 2 << 20;
-/// The most requests a session may have unanswered; the client holds back beyond.
+/// The most requests a session may have unanswered on behalf of programs; the client holds back beyond.
 pub const SESSION_WINDOW: usize = 4096;
+/// The most that may be unanswered besides, so that bytes others wait for can be committed whatever programs wait for. With
+/// closes and cancels, for which nobody waits, a session never has twice its window; the master refuses that.
+pub const SESSION_RESERVE: usize = 512;
 /// The most answers the master keeps for one session to answer a repeated mutation.
 pub const DEDUP_WINDOW: usize = 2 * SESSION_WINDOW;
 /// The most commands and bytes in one Raft entry.

@@ -180,6 +180,37 @@ class Truth(Base):
         for fd in fds:
             os.close(fd)
 
+    def test_dirty_mapped_pages_hold_nobody_up_and_are_not_lost(self):
+        page, pages, rng, slowest = 4096, 16, random.Random(SEED), 0
+        content = bytearray(pages * page)
+        with open(self.at(0, "f"), "wb") as file:
+            file.write(content)
+        fds = [os.open(self.at(mount, "f"), os.O_RDWR) for mount in range(2)]
+        maps = [mmap.mmap(fd, len(content), mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE) for fd in fds]
+        for turn in range(min(ROUNDS, 400)):
+            # Each mount has pages of its own, as stores reach the file by whole pages.
+            for one in range(2):
+                at, data = page * (2 * rng.randrange(pages // 2) + one), b"%08d" % turn
+                maps[one][at:at + 8] = data
+                content[at:at + 8] = data
+            one = rng.randrange(2)
+            at, data = page * (2 * rng.randrange(pages // 2) + one) + 100, b"w%07d" % turn
+            began = time.monotonic()
+            if rng.random() < 0.2:
+                os.truncate(self.at(one, "f"), len(content))
+            else:
+                os.pwrite(fds[one], data, at)
+                content[at:at + 8] = data
+            slowest = max(slowest, time.monotonic() - began)
+        for one in maps:
+            one.flush()
+        for mount in range(2):
+            self.assertEqual(read(self.at(mount, "f")), content)
+        for fd in fds:
+            os.close(fd)
+        self.assertLess(slowest, 2, "a client was cut off")
+        print(f"beside dirty pages: slowest call {slowest * 1000:.0f} ms", file=sys.stderr)
+
     def test_tail_follows(self):
         open(self.at(0, "log"), "wb").close()
         reader = os.open(self.at(1, "log"), os.O_RDONLY)

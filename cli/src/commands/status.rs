@@ -181,11 +181,12 @@ fn session_table(sessions: &[SessionStatus]) -> String {
                 session.opens.to_string(),
                 session.locks.to_string(),
                 session.leases.to_string(),
+                session.requests.to_string(),
                 format::ago(session.last_seen_ms),
             ]
         })
         .collect();
-    table(&[">SESSION", "CLIENT", "HOST", ">OPENS", ">LOCKS", ">LEASES", "SEEN"], &rows)
+    table(&[">SESSION", "CLIENT", "HOST", ">OPENS", ">LOCKS", ">LEASES", ">REQUESTS", "SEEN"], &rows)
 }
 
 fn to_json(status: &StatusReply) -> Value {
@@ -203,7 +204,7 @@ fn to_json(status: &StatusReply) -> Value {
         .map(|session| {
             json!({"session": session.session, "client": session.client, "host": session.host,
                    "last_seen_ms": session.last_seen_ms, "opens": session.opens, "locks": session.locks,
-                   "leases": session.leases})
+                   "leases": session.leases, "requests": session.requests})
         })
         .collect();
     json!({

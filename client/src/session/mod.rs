@@ -25,7 +25,7 @@ pub use requests::{Heard, Leaving, Wanted};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout};
 
 /// How often requests whose time is up are looked for.
@@ -45,6 +45,8 @@ struct Shared {
     state: Mutex<State>,
     /// One place for each request that is not answered; closed when the session is broken.
     window: Semaphore,
+    /// For what is urgent; a place is given back by whoever took it.
+    reserve: Semaphore,
     /// The master's time and this machine's boot clock at one moment.
     time: Mutex<(Timestamp, Duration)>,
     session: watch::Sender<SessionId>,
@@ -85,6 +87,7 @@ impl Session {
             operation_timeout: config.operation_timeout,
             state: Mutex::new(state),
             window: Semaphore::new(limits::SESSION_WINDOW),
+            reserve: Semaphore::new(limits::SESSION_RESERVE),
             time: Mutex::new((Timestamp::from_system(env.clock.system()), env.clock.boot())),
             session: watch::Sender::new(SessionId(0)),
             closed: watch::Sender::new(false),
@@ -171,6 +174,12 @@ impl Session {
         &self.shared.leases
     }
 
+    /// Nothing is believed under a read lease any more, which comes back after a commit of what the kernel wrote back under it.
+    pub fn flush_first(&self, ino: InodeNo) {
+        self.shared.state().flush_first(ino);
+        self.shared.wake();
+    }
+
     /// A lease was given up, down to `keep`: what was kept under the rest is committed, which `clean` tells (and looks at no
     /// leases), what was cached is dropped.
     ///
@@ -199,9 +208,9 @@ impl Session {
     /// When the session is broken, or no place in its window became free within the operation time-out.
     pub async fn hold_later(&self, cred: &Cred, hold: hold::Op) -> FsResult<()> {
         let op = request::Op::Hold(v1::Hold { op: Some(hold) });
-        self.shared.enter(None).await?;
+        self.shared.place(&self.shared.window, None).await?.forget();
         // It stays until it is answered: a close that is given up would keep the file for ever.
-        self.shared.submit(cred, op, None, None).map(drop)
+        self.shared.submit(cred, op, None, None, true).map(drop)
     }
 
     /// As [`Master::mutate`], and what may be cached of the answer.
@@ -228,9 +237,16 @@ impl Session {
         let waits =
             matches!(&op, request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(lock)) }) if lock.wait);
         let deadline = shared.operation_timeout.map(|bound| Instant::now() + bound);
-        shared.enter(deadline).await?;
+        // What is urgent has places of its own, whatever programs wait for.
+        let reserved = match requests::is_urgent(&op) {
+            true => Some(shared.place(&shared.reserve, deadline).await?),
+            false => None,
+        };
+        if reserved.is_none() {
+            shared.place(&shared.window, deadline).await?.forget();
+        }
         let (reply, answer) = oneshot::channel();
-        let seq = shared.submit(cred, op, Some(reply), deadline.filter(|_| !waits))?;
+        let seq = shared.submit(cred, op, Some(reply), deadline.filter(|_| !waits), reserved.is_none())?;
         // A waiting lock is not bounded in time; who drops the future takes it back.
         let mut cancel = waits.then(|| Cancel { shared, seq: Some(seq) });
         let answer = answer.await;
@@ -306,22 +322,18 @@ impl Shared {
         self.state().broken.clone()
     }
 
-    /// Takes a place in the window.
-    async fn enter(&self, deadline: Option<Instant>) -> FsResult<()> {
-        if let Ok(permit) = self.window.try_acquire() {
-            permit.forget();
-            return Ok(());
+    /// Waits for a place.
+    async fn place<'s>(&self, of: &'s Semaphore, deadline: Option<Instant>) -> FsResult<SemaphorePermit<'s>> {
+        if let Ok(permit) = of.try_acquire() {
+            return Ok(permit);
         }
         let deadline = deadline.or_else(|| self.operation_timeout.map(|bound| Instant::now() + bound));
         let acquired = match deadline {
-            Some(deadline) => tokio::time::timeout_at(deadline, self.window.acquire()).await,
-            None => Ok(self.window.acquire().await),
+            Some(deadline) => tokio::time::timeout_at(deadline, of.acquire()).await,
+            None => Ok(of.acquire().await),
         };
         match acquired {
-            Ok(Ok(permit)) => {
-                permit.forget();
-                Ok(())
-            }
+            Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_)) => Err(self.broken().unwrap_or_else(|| ErrorCode::ErrorUnavailable.into())),
             Err(_) => Err(FsError::new(
                 ErrorCode::ErrorTimedOut,
@@ -337,13 +349,14 @@ impl Shared {
         op: request::Op,
         reply: Option<Answered>,
         deadline: Option<Instant>,
+        counted: bool,
     ) -> FsResult<u64> {
         let (seq, waker) = {
             let mut state = self.state();
             if let Some(error) = &state.broken {
                 return Err(error.clone());
             }
-            (state.submit(cred, op, reply, deadline, true), state.waker.take())
+            (state.submit(cred, op, reply, deadline, counted), state.waker.take())
         };
         if let Some(waker) = waker {
             waker.wake();
@@ -462,6 +475,7 @@ impl Shared {
         let outcome = self.state().fail_all(error);
         self.settle(outcome);
         self.window.close();
+        self.reserve.close();
         self.closed.send_replace(true);
         self.finish();
     }

@@ -262,13 +262,24 @@ impl State {
                     .filter_map(|ino| self.leases.granted(InodeNo(*ino), kind, reply.grant, since));
                 outcome.leaving.extend(surplus.map(|(ino, held)| Leaving { ino, held, keep: None }));
             }
+            // What is written under it counts from this version on.
+            if let Some(attr) = attr_in(reply).filter(|attr| reply.write_leases.contains(&attr.ino))
+                && let Some(term) = self.leases.tenure(InodeNo(attr.ino))
+            {
+                self.leases.seen(InodeNo(attr.ino), term, attr.version);
+            }
         }
         self.answered(frame.replies, &mut outcome);
         for recall in frame.recalls {
             let (ino, keep) = (InodeNo(recall.ino), Kind::from_proto(recall.keep()));
             tracing::trace!(%ino, grant = recall.grant, ?keep, "a lease is recalled");
             if defect::has(Defect::LateInvalidation) {
-                self.returned.push(LeaseReturn { ino: recall.ino, grant: recall.grant, keep: recall.keep });
+                self.returned.push(LeaseReturn {
+                    ino: recall.ino,
+                    grant: recall.grant,
+                    keep: recall.keep,
+                    ..LeaseReturn::default()
+                });
                 outcome.leaving.push(Leaving { ino, held: Kind::Read, keep });
                 continue;
             }
@@ -293,6 +304,18 @@ impl State {
         outcome
     }
 
+    /// A lease is given up after a commit.
+    pub fn flush_first(&mut self, ino: InodeNo) {
+        if let Some(grant) = self.leases.flushing(ino) {
+            self.returned.push(LeaseReturn {
+                ino: ino.get(),
+                grant,
+                flushing: true,
+                ..LeaseReturn::default()
+            });
+        }
+    }
+
     /// A lease was given up, as far as it was asked for, if it is clean.
     pub fn give_back(
         &mut self,
@@ -303,7 +326,7 @@ impl State {
         if let Some(grant) = self.leases.left_behind(ino, keep, clean)? {
             tracing::trace!(%ino, grant, ?keep, "a lease is given back");
             let keep = Kind::to_proto(keep).into();
-            self.returned.push(LeaseReturn { ino: ino.get(), grant, keep });
+            self.returned.push(LeaseReturn { ino: ino.get(), grant, keep, ..LeaseReturn::default() });
         }
         Ok(())
     }
@@ -594,6 +617,26 @@ impl State {
 /// The leader that a refusal names, if any.
 pub(super) fn named_leader(frame: &MasterFrame) -> Option<String> {
     Some(frame.leader.clone()).filter(|leader| !leader.is_empty())
+}
+
+/// The attributes that an answer shows with a lease to write.
+fn attr_in(reply: &Reply) -> Option<v1::Attr> {
+    match reply.answer.as_ref()?.body.as_ref()? {
+        Body::Entry(v1::Entry { attr, .. })
+        | Body::Opened(v1::Opened { attr, .. })
+        | Body::Leased(v1::Leased { attr }) => *attr,
+        _ => None,
+    }
+}
+
+/// What bytes need on their way to disk: others may wait for them.
+pub(super) fn is_urgent(op: &request::Op) -> bool {
+    use mutation::Op::{AllocChunks, Commit};
+    match op {
+        request::Op::Mutation(v1::Mutation { op }) => matches!(op, Some(Commit(_) | AllocChunks(_))),
+        request::Op::Hold(v1::Hold { op }) => matches!(op, Some(hold::Op::SealChunk(_))),
+        request::Op::Query(_) => false,
+    }
 }
 
 fn is_lock(op: &request::Op) -> bool {

@@ -475,6 +475,16 @@ async fn the_window_bounds_what_is_under_way() {
         .collect();
     tokio::time::sleep(Duration::from_secs(30)).await;
     assert_eq!(test.world().requests.len(), limits::SESSION_WINDOW);
+    let urgent = Arc::clone(&session);
+    let commit = v1::mutation::Op::Commit(v1::Commit::default());
+    let urgent = tokio::spawn(async move { urgent.mutate(&OWN, commit).await });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(
+        test.world().requests.len(),
+        limits::SESSION_WINDOW + 1,
+        "others may wait for what it commits"
+    );
+    urgent.abort();
     for call in calls {
         let error = call.await.expect("no panic").expect_err("never answered");
         assert_eq!(error.code, ErrorCode::ErrorTimedOut);

@@ -22,8 +22,9 @@ const UNCONFIRMED: Duration = Duration::from_millis(20);
 /// How often it is tried to commit what is kept of a file that somebody else wants.
 const FLUSHES: usize = 3;
 
-/// How long what the kernel wrote back under a read lease holds others up.
-const WRITE_BACK: Duration = Duration::from_secs(1);
+/// How long what the kernel wrote back under a read lease holds others up. It takes a few milliseconds, unless the one that
+/// waits for it truncates the file: then his kernel writes nothing back of it, and he cannot make way either.
+const WRITE_BACK: Duration = Duration::from_millis(200);
 
 /// Inodes whose pages are dropped side by side when the master is silent.
 const SIDE_BY_SIDE: usize = 64;
@@ -87,7 +88,8 @@ impl Inner {
         {
             kernel.forget(ino).await;
         }
-        for _ in 0..FLUSHES {
+        let flushes = if held == Kind::Write { FLUSHES } else { 1 };
+        for _ in 0..flushes {
             match held {
                 Kind::Write => self.flush_for_good(ino).await,
                 Kind::Read => self.flush_for_a_while(ino).await,
@@ -99,16 +101,16 @@ impl Inner {
                 return;
             }
         }
-        // What has come since is committed later, as if it had been written then.
+        // What is left of shared mappings is committed later, as if it had been written then.
         let _clean_enough = self.session.give_back(ino, keep, || true);
     }
 
-    /// Commits what the kernel wrote back under a read lease. Another client may have to do the same before this one can: who
-    /// of the two goes first is nobody's business, but not for long.
+    /// Commits what the kernel wrote back under a read lease, but holds others up for a while at most.
     async fn flush_for_a_while(&self, ino: InodeNo) {
         if self.data.dirty(ino).is_none() {
             return;
         }
+        self.session.flush_first(ino);
         match tokio::time::timeout(WRITE_BACK, self.data.flush(ino)).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => self.data.keep_error(ino, error),

@@ -164,6 +164,8 @@ struct Lease {
     sent: Option<Kind>,
     /// The number of the last grant that was sent; 0: it was asserted.
     grant: u64,
+    /// Its holder believes nothing any more, and commits what is left.
+    flushing: bool,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -281,6 +283,12 @@ impl Leases {
         self.total
     }
 
+    /// Whether a session can be given no lease on one inode more, not even one that it waits for: these have a tenth more.
+    #[must_use]
+    pub fn is_full(&self, session: SessionId, ino: InodeNo) -> bool {
+        self.total >= self.limit + self.limit / CROWDED.1 && self.held(session, ino).is_none()
+    }
+
     /// When nearly all leases that there may be are given: how many each session is to give back, in proportion, so that
     /// nobody has to do without.
     #[must_use]
@@ -317,7 +325,7 @@ impl Leases {
                 self.actions.recalls.push(Recall { session, ino, grant: 0, keep: None });
                 continue;
             };
-            self.put(Lease { session, kind, sent: Some(kind), grant: 0 }, ino);
+            self.put(Lease { session, kind, sent: Some(kind), grant: 0, flushing: false }, ino);
             if let Some(recalled) = self.recalled.get_mut(&(session, ino)) {
                 recalled.since = now;
                 let recall = Recall { session, ino, grant: 0, keep: recalled.keep };
@@ -498,6 +506,16 @@ impl Leases {
         self.settle(ino, now);
     }
 
+    /// A session gives a lease back that is recalled, but commits something before. Those who do this on one inode do not wait
+    /// for each other: they hold nothing that another one's commit could make old.
+    pub fn flushing(&mut self, session: SessionId, ino: InodeNo, grant: u64, now: Duration) {
+        let Some(lease) = lease_mut(&mut self.nodes, session, ino) else { return };
+        if lease.grant == grant && lease.sent.is_some() {
+            lease.flushing = true;
+            self.settle(ino, now);
+        }
+    }
+
     // ---- claims ----
 
     /// Makes a claim. True: it has passed, and has ended if it is no change. Else it turns up in [`Actions::passed`].
@@ -605,7 +623,12 @@ impl Leases {
         let Some(node) = self.nodes.get(&ino) else { return false };
         let mut barred = false;
         let keep = what.leaves();
-        for lease in node.leases.iter().filter(|l| l.session != session && what.is_barred_by(l.kind)) {
+        let own = node.leases.iter().find(|lease| lease.session == session);
+        let both_flush = what == What::Change && own.is_some_and(|lease| lease.flushing);
+        let bars = |lease: &&Lease| {
+            lease.session != session && what.is_barred_by(lease.kind) && !(both_flush && lease.flushing)
+        };
+        for lease in node.leases.iter().filter(bars) {
             barred = true;
             let recalled = self.recalled.entry((lease.session, ino));
             let news = match recalled {
@@ -709,7 +732,7 @@ impl Leases {
     fn give(&mut self, session: SessionId, ino: InodeNo, kind: Kind) {
         let before = self.lease(session, ino).copied();
         let (sent, grant) = before.map_or((None, 0), |lease| (lease.sent, lease.grant));
-        self.put(Lease { session, kind, sent, grant }, ino);
+        self.put(Lease { session, kind, sent, grant, flushing: false }, ino);
     }
 
     fn put(&mut self, lease: Lease, ino: InodeNo) {

@@ -199,6 +199,31 @@ fn a_writer_flushes_although_a_silent_session_may_hold_something_near() {
 }
 
 #[test]
+fn those_who_flush_before_they_give_back_do_not_wait_for_each_other() {
+    let (mut leases, [a, b, c], [ino, _]) = (table(), SESSIONS, INOS);
+    let mut grants = Vec::new();
+    for session in [a, b] {
+        assert!(leases.grant(session, ino, Kind::Read, leases.clock()));
+        grants.push(leases.sent(session, &[ino]).0);
+    }
+    let (change, _) = leases.claim(c, What::Change, vec![ino], NOW);
+    leases.flushing(a, ino, grants[0], NOW);
+    let (flush, passed) = leases.claim(a, What::Change, vec![ino], NOW);
+    assert!(!passed, "the other one may still believe in what it has");
+    let (other, passed) = leases.claim(b, What::Change, vec![ino], NOW);
+    assert!(!passed);
+    assert!(leases.take_actions().passed.is_empty());
+    leases.flushing(b, ino, grants[1], NOW);
+    assert_eq!(leases.take_actions().passed, [flush, other]);
+    for (session, grant, flush) in [(a, grants[0], flush), (b, grants[1], other)] {
+        assert!(leases.take_actions().passed.is_empty(), "both come before what is to be made way for");
+        leases.end(flush, NOW);
+        leases.returned(session, ino, grant, None, NOW);
+    }
+    assert_eq!(leases.take_actions().passed, [change]);
+}
+
+#[test]
 fn a_lease_that_nobody_was_told_of_does_not_hold_others_up_for_ever() {
     let (mut leases, [a, b, _], [ino, _]) = (table(), SESSIONS, INOS);
     assert!(leases.grant(a, ino, Kind::Read, leases.clock()));
@@ -236,6 +261,8 @@ enum Step {
     Deliver(usize),
     /// A client gives back what it was asked for, or what it holds on an inode.
     Return(usize, usize, bool),
+    /// A client drops what it believes of an inode that it was asked for, to commit something before it gives it back.
+    Flush(usize, usize),
     /// A client's stream breaks: messages are lost, and it says what it holds.
     Reattach(usize),
     /// A client is gone for good, and comes back as if new.
@@ -257,6 +284,8 @@ struct Belief {
     /// The version of the inode in its cache.
     version: u64,
     recalled: Option<Option<Kind>>,
+    /// It is not believed any more, but not given back yet.
+    flushing: bool,
 }
 
 /// The master, its clients and the messages between them.
@@ -371,7 +400,8 @@ impl World {
             Step::Deliver(who) => match self.inbox[who].pop_front() {
                 Some(Message::Grants(grant, grants)) => {
                     for (ino, kind, version) in grants {
-                        self.beliefs[who].insert(ino, Belief { kind, grant, version, recalled: None });
+                        self.beliefs[who]
+                            .insert(ino, Belief { kind, grant, version, recalled: None, flushing: false });
                     }
                 }
                 Some(Message::Recall(recall)) => {
@@ -394,6 +424,15 @@ impl World {
                     None => drop(self.beliefs[who].remove(&ino)),
                 }
                 self.leases.returned(SESSIONS[who], ino, grant, keep, NOW);
+            }
+            Step::Flush(who, ino) => {
+                let ino = INOS[ino];
+                let belief = self.beliefs[who].get_mut(&ino);
+                let asked = |belief: &&mut Belief| belief.recalled == Some(None) && belief.kind == Kind::Read;
+                if let Some(belief) = belief.filter(asked).filter(|_| self.attached[who]) {
+                    belief.flushing = true;
+                    self.leases.flushing(SESSIONS[who], ino, belief.grant, NOW);
+                }
             }
             Step::Reattach(who) => self.reattach(who),
             Step::Expire(who) => {
@@ -428,6 +467,7 @@ impl World {
         }
         self.act();
         self.inbox[who].clear();
+        self.beliefs[who].retain(|_, belief| !belief.flushing);
         let held: Vec<(InodeNo, Kind)> = self.beliefs[who].iter().map(|(ino, b)| (*ino, b.kind)).collect();
         self.beliefs[who].values_mut().for_each(|belief| (belief.grant, belief.recalled) = (0, None));
         self.leases.assert_session(SESSIONS[who], held, NOW);
@@ -435,8 +475,9 @@ impl World {
 
     fn check(&self) {
         for ino in INOS {
+            let believes = |who: usize| self.beliefs[who].get(&ino).filter(|belief| !belief.flushing);
             let believers: Vec<(usize, &Belief)> =
-                (0..3).filter_map(|who| self.beliefs[who].get(&ino).map(|belief| (who, belief))).collect();
+                (0..3).filter_map(|who| believes(who).map(|belief| (who, belief))).collect();
             if believers.iter().any(|(_, belief)| belief.kind == Kind::Write) {
                 assert_eq!(
                     believers.len(),
@@ -533,6 +574,7 @@ fn steps() -> impl Strategy<Value = Step> {
         9 => (0..3_usize).prop_map(Step::Deliver),
         7 => (0..3_usize, 0..2_usize, prop::bool::weighted(0.2))
             .prop_map(|(who, ino, unasked)| Step::Return(who, ino, unasked)),
+        2 => (0..3_usize, 0..2_usize).prop_map(|(who, ino)| Step::Flush(who, ino)),
         1 => (0..3_usize).prop_map(Step::Reattach),
         1 => (0..3_usize).prop_map(Step::Expire),
         1 => Just(Step::Elect),

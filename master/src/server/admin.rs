@@ -189,6 +189,7 @@ fn sessions(term: &Term) -> Vec<SessionStatus> {
         opens: memory.opens.count(*id) as u64,
         locks: memory.locks.count(*id) as u64,
         leases: memory.leases.count(*id) as u64,
+        requests: session.requests,
     });
     status.collect()
 }

@@ -5,9 +5,9 @@
 //! in which they arrived, because futures are first polled in the order they were added; everything may overtake
 //! everything else afterwards. Whatever is answered at one moment goes out in one frame.
 //!
-//! Bounds: a client may have [`SESSION_WINDOW`] requests unanswered, and no more is read from it while it has; a frame
-//! may have [`FRAME_REQUESTS_MAX`]. What waits to be sent is answers to those, and HTTP/2 stops polling us while the
-//! client does not read.
+//! Bounds: a client that has twice [`SESSION_WINDOW`] requests unanswered is refused; a frame may have
+//! [`FRAME_REQUESTS_MAX`]. It is read all the time: leases come back and keep-alives with whatever waits. What waits to be
+//! sent is answers to those requests, and HTTP/2 stops polling us while the client does not read.
 
 use super::requests;
 use super::session::gone;
@@ -149,7 +149,7 @@ impl Connection {
                 }
                 // What there is to ask for goes out with the next frame.
                 () = self.wake.notified() => {}
-                frame = self.inbound.message(), if !self.leaving && self.unanswered < SESSION_WINDOW => {
+                frame = self.inbound.message(), if !self.leaving => {
                     match frame {
                         Ok(Some(frame)) => {
                             if let Err(status) = self.accept(frame) {
@@ -169,9 +169,12 @@ impl Connection {
     /// Starts what a frame asks for.
     fn accept(&mut self, frame: ClientFrame) -> Result<(), Status> {
         let term = &self.link.term;
-        term.memory().seen(self.link.session, term.now());
+        term.memory().heard(self.link.session, frame.requests.len(), term.now());
         if frame.hello.is_some() || frame.requests.len() > FRAME_REQUESTS_MAX {
             return Err(Status::invalid_argument("a second hello, or too many requests in one frame"));
+        }
+        if self.unanswered + frame.requests.len() > 2 * SESSION_WINDOW {
+            return Err(Status::resource_exhausted("too many requests that are not answered yet"));
         }
         self.lowest_unanswered = self.lowest_unanswered.max(frame.lowest_unanswered);
         if frame.goodbye.is_some() {
@@ -186,7 +189,12 @@ impl Connection {
                     LeaseKind::LeaseRead => Some(Kind::Read),
                     LeaseKind::LeaseWrite => Some(Kind::Write),
                 };
-                memory.leases.returned(self.link.session, InodeNo(returned.ino), returned.grant, keep, now);
+                let ino = InodeNo(returned.ino);
+                if returned.flushing {
+                    memory.leases.flushing(self.link.session, ino, returned.grant, now);
+                } else {
+                    memory.leases.returned(self.link.session, ino, returned.grant, keep, now);
+                }
             }
             memory.dispatch();
         }

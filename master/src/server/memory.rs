@@ -36,6 +36,8 @@ pub struct Session {
     asks: Vec<v1::Ask>,
     /// How many leases it is to give back, whichever it needs least.
     surplus: usize,
+    /// How many requests it has made of this leader.
+    pub requests: u64,
     /// Wakes its stream.
     pub wake: Arc<Notify>,
 }
@@ -141,10 +143,11 @@ impl Memory {
         self.sessions.get(&id).is_some_and(|session| *session.generation.borrow() == generation)
     }
 
-    /// A sign of life.
-    pub fn seen(&mut self, id: SessionId, now: Duration) {
+    /// A sign of life, with so many requests.
+    pub fn heard(&mut self, id: SessionId, requests: usize, now: Duration) {
         if let Some(session) = self.sessions.get_mut(&id).filter(|session| !session.fenced) {
             session.seen = session.seen.max(now);
+            session.requests += requests as u64;
         }
     }
 
@@ -435,6 +438,7 @@ impl Session {
             recalls: Vec::new(),
             asks: Vec::new(),
             surplus: 0,
+            requests: 0,
             wake: Arc::default(),
         }
     }

@@ -388,10 +388,7 @@ fn look(link: &Arc<Link>, read: &Read, opening: Option<&Opening>) -> Result<Show
         }
         ReadOp::Hold(hold::Op::Open(open)) => match opening {
             Some(opening) => opening.look(&read.cred, open, seen),
-            None => {
-                let gone = FsError::new(ErrorCode::ErrorStale, format!("inode {} is gone", open.ino));
-                Ok(Shown::new(failed(gone), seen))
-            }
+            None => Ok(Shown::new(failed(gone(InodeNo(open.ino))), seen)),
         },
         ReadOp::Hold(hold) => Ok(Shown::new(hold_now(link, hold), seen)),
     }
@@ -502,6 +499,10 @@ fn hold_now(link: &Link, hold: &hold::Op) -> Answer {
     }
 }
 
+fn gone(ino: InodeNo) -> FsError {
+    FsError::new(ErrorCode::ErrorStale, format!("inode {ino} is gone"))
+}
+
 fn empty() -> Answer {
     answer(Body::Empty(v1::Empty {}))
 }
@@ -591,12 +592,21 @@ pub async fn take_lease(link: Arc<Link>, seq: u64, take: v1::TakeLease) -> Resul
             return Ok(Done::Reply(reply(seq, failed(access.err().unwrap_or_else(|| not_opened(take.ino))))));
         }
     }
+    match state::attr(&*link.term.kv(), ino) {
+        Ok(Some(_)) => {}
+        Ok(None) => return Ok(Done::Reply(reply(seq, failed(gone(ino))))),
+        Err(error) => return Ok(Done::Reply(reply(seq, failed(store_failed("reading an inode", &error))))),
+    }
+    if link.term.memory().leases.is_full(link.session, ino) {
+        let full = FsError::new(ErrorCode::ErrorUnavailable, "all leases are taken; some are asked back");
+        return Ok(Done::Reply(reply(seq, failed(full))));
+    }
     change::take(&link, ino, kind).await?;
     link.term.shared.confirm().await?;
     let seen = link.term.memory().leases.clock();
     let answer = match state::attr(&*link.term.kv(), ino) {
         Ok(Some(attr)) => answer(Body::Leased(v1::Leased { attr: Some(attr) })),
-        Ok(None) => failed(FsError::new(ErrorCode::ErrorStale, format!("inode {ino} is gone"))),
+        Ok(None) => failed(gone(ino)),
         Err(error) => failed(store_failed("reading an inode", &error)),
     };
     Ok(Done::Reply(leased(seq, Shown { answer, seen, leases: vec![ino] })))

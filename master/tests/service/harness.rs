@@ -253,7 +253,8 @@ impl Client {
         if recall.keep() != LeaseKind::LeaseNone {
             self.leases.insert(recall.ino, (recall.keep(), grant));
         }
-        let returned = vec![LeaseReturn { ino: recall.ino, grant, keep: recall.keep }];
+        let returned =
+            vec![LeaseReturn { ino: recall.ino, grant, keep: recall.keep, ..LeaseReturn::default() }];
         self.send_frame(ClientFrame { returned, ..ClientFrame::default() }).await;
     }
 
