@@ -19,6 +19,27 @@ DFS_ROUNDS=${DFS_ROUNDS:-2000} timeout 900 python3 "$ROOT/tests/cluster/coherenc
 step "$(grep -E '^Ran ' "$WORK/coherence.log")"
 grep -E 'slowest|writers' "$WORK/coherence.log" | sed 's/^.*\.\.\. /  /'
 
+step "what is cached costs no message"
+mkdir "$MNT/warm"
+for i in {1..10}; do
+    mkdir "$MNT/warm/$i"
+    touch "$MNT/warm/$i/"{1..30}
+done
+requests() { dfs status --clients --json | python3 -c 'import json, sys; print(sum(s["requests"] for s in json.load(sys.stdin)["sessions"] if s["client"].endswith(sys.argv[1])))' "$MNT"; }
+warm() {
+    ls -lR "$MNT/warm"
+    for _ in 1 2 3; do find "$MNT/warm" -type f -exec stat {} +; done
+}
+warm >/dev/null
+# Access times are sent a few seconds later.
+quiet() { local before; before=$(requests); sleep 4; [[ $(requests) == "$before" ]]; }
+wait_for 60 quiet || fail "a mount that nobody uses asks the master all the time"
+before=$(requests)
+warm >"$WORK/warm"
+after=$(requests)
+(($(wc -l <"$WORK/warm") > 3000)) || fail "nothing was listed"
+((after == before)) || fail "listing and looking at what is cached cost $((after - before)) messages"
+
 step "a mount that stands still for longer than its session lives: the other one goes on, and nothing is lost silently"
 mkdir "$MNT/frozen"
 cat >"$WORK/frozen.py" <<'PY'

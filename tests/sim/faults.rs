@@ -4,6 +4,9 @@ use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+/// A client stands still for longer than the short sessions live.
+const STALL: Duration = Duration::from_secs(6);
+
 /// Something bad that happens to the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fault {
@@ -15,6 +18,9 @@ pub enum Fault {
     Loss { a: String, b: String, pause: Duration },
     /// A master stops while one client hears none of the others: a new leader does not learn what that client holds.
     Failover { host: String, others: Vec<String>, client: String, pause: Duration },
+    /// Whatever a client says or is told stands still for a while and comes then, however old: a frozen machine, as the others
+    /// see it.
+    Stall { client: String, others: Vec<String>, pause: Duration },
 }
 
 impl Fault {
@@ -26,6 +32,7 @@ impl Fault {
             Self::Partition { .. } => "partition",
             Self::Loss { .. } => "message loss",
             Self::Failover { .. } => "failover behind a client's back",
+            Self::Stall { .. } => "stall of a client",
         }
     }
 
@@ -35,7 +42,8 @@ impl Fault {
             Self::Crash { pause, .. }
             | Self::Partition { pause, .. }
             | Self::Loss { pause, .. }
-            | Self::Failover { pause, .. } => *pause,
+            | Self::Failover { pause, .. }
+            | Self::Stall { pause, .. } => *pause,
         }
     }
 }
@@ -92,7 +100,7 @@ impl Plan {
         let pause = Duration::from_millis(self.random.random_range(200..self.longest));
         self.next = now + pause + Duration::from_millis(self.random.random_range(1_000..5_000));
         // Kinds take turns from a random start, so that a short run has them all.
-        let kinds = if self.clients_first { 5 } else { 4 };
+        let kinds = if self.clients_first { 6 } else { 4 };
         if self.turn == 0 {
             self.turn = self.random.random_range(0..kinds);
         }
@@ -105,6 +113,11 @@ impl Plan {
                     (Self::one(&mut self.random, &self.masters), Self::one(&mut self.random, &self.clients));
                 let others = self.masters.iter().filter(|other| **other != host).cloned().collect();
                 Fault::Failover { host, others, client, pause }
+            }
+            5 => {
+                let client = Self::one(&mut self.random, &self.clients);
+                let others = self.masters.iter().chain(&self.chunkds).cloned().collect();
+                Fault::Stall { client, others, pause: pause.max(STALL) }
             }
             kind => {
                 let (a, b) = self.pair();

@@ -191,7 +191,7 @@ fn hurts(fault: &Fault, machines: &[Machine]) -> bool {
         Fault::Crash { host, .. } => {
             machines.iter().find(|m| m.host == *host).is_none_or(|m| m.disk.is_dirty())
         }
-        Fault::Partition { .. } | Fault::Loss { .. } | Fault::Failover { .. } => true,
+        Fault::Partition { .. } | Fault::Loss { .. } | Fault::Failover { .. } | Fault::Stall { .. } => true,
     }
 }
 
@@ -209,6 +209,9 @@ fn strike(sim: &mut turmoil::Sim<'_>, fault: &Fault, machines: &[Machine], seed:
             sim.crash(host.as_str());
             others.iter().for_each(|other| sim.partition(client.as_str(), other.as_str()));
         }
+        Fault::Stall { client, others, .. } => {
+            others.iter().for_each(|other| sim.hold(client.as_str(), other.as_str()));
+        }
     }
     Losses::default()
 }
@@ -224,6 +227,9 @@ fn heal(sim: &mut turmoil::Sim<'_>, fault: &Fault) {
         Fault::Failover { host, others, client, .. } => {
             others.iter().for_each(|other| sim.repair(client.as_str(), other.as_str()));
             sim.bounce(host.as_str());
+        }
+        Fault::Stall { client, others, .. } => {
+            others.iter().for_each(|other| sim.release(client.as_str(), other.as_str()));
         }
     }
 }

@@ -9,15 +9,17 @@
 //!   is given up leaves one, too.
 
 mod doubts;
+mod pages;
 mod whole;
 
 use crate::leases::{Leases, Seen, Term};
 use bytes::Bytes;
 use dfs_proto::InodeNo;
-use dfs_proto::v1::{Attr, Timestamp};
+use dfs_proto::v1::{Attr, DirPage, Timestamp};
 use doubts::Doubts;
 pub use doubts::Touched;
 use lru::LruCache;
+use pages::{Kept, Pages};
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -55,6 +57,7 @@ pub struct Cache {
     attrs: Vec<Mutex<LruCache<u64, Known>>>,
     names: Vec<Mutex<LruCache<(u64, Bytes), Named>>>,
     whole: Mutex<WholeDirs>,
+    pages: Mutex<Pages>,
 }
 
 #[derive(Clone, Copy)]
@@ -84,6 +87,7 @@ impl Cache {
             attrs: (0..SHARDS).map(|_| Mutex::new(LruCache::new(shard))).collect(),
             names: (0..SHARDS).map(|_| Mutex::new(LruCache::new(shard))).collect(),
             whole: Mutex::new(WholeDirs::new()),
+            pages: Mutex::new(Pages::new()),
         }
     }
 
@@ -238,6 +242,29 @@ impl Cache {
         Some((None, self.left(parent, Some(term))?))
     }
 
+    /// Keeps a page of a directory's entries.
+    pub fn put_page(&self, ticket: &Ticket, dir: InodeNo, cookie: u64, page: &DirPage) {
+        if let Some(term) = self.term_of(ticket, dir) {
+            let kept = Kept { page: Arc::new(page.clone()), term, taken: ticket.taken };
+            self.pages().put(dir, cookie, kept);
+        }
+    }
+
+    /// The entries that follow a cookie, if they are known. Their attributes are those of then.
+    #[must_use]
+    pub fn page(&self, dir: InodeNo, cookie: u64) -> Option<Arc<DirPage>> {
+        let kept = self.pages().get(dir, cookie)?;
+        let now = Ticket { taken: kept.taken, seen: None };
+        let believed = self.left(dir, Some(kept.term)).is_some()
+            && !self.overtaken(&now, dir)
+            && !self.doubts.touches(dir, self.leases.now());
+        believed.then_some(kept.page)
+    }
+
+    fn pages(&self) -> MutexGuard<'_, Pages> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn whole(&self) -> MutexGuard<'_, WholeDirs> {
         self.whole.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -377,6 +404,25 @@ mod tests {
         assert_eq!(cache.name(dir, b"a").map(|(ino, _)| ino), Some(Some(InodeNo(10))));
         cache.forget_name(dir, b"a");
         assert!(cache.name(dir, b"a").is_none());
+    }
+
+    #[test]
+    fn a_page_is_believed_until_the_directory_changes() {
+        let (cache, leases, _) = cache(&[1]);
+        let dir = InodeNo(1);
+        let page = DirPage { end: true, ..DirPage::default() };
+        let keep = || cache.put_page(&fresh(&cache), dir, 0, &page);
+        keep();
+        assert!(cache.page(dir, 0).is_some() && cache.page(dir, 7).is_none());
+        cache.changed(dir);
+        assert!(cache.page(dir, 0).is_none(), "an own change");
+        keep();
+        let change = cache.changing(Touched::name(dir, b"a"));
+        assert!(cache.page(dir, 0).is_none());
+        cache.changed_or_not(change, true);
+        assert!(cache.page(dir, 0).is_some());
+        assert!(leases.recalled(dir, 1, None).is_ok());
+        assert!(cache.page(dir, 0).is_none(), "somebody else's");
     }
 
     #[test]

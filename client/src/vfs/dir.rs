@@ -18,15 +18,22 @@ impl Client {
         plus: bool,
     ) -> FsResult<v1::DirPage> {
         let cache = &self.inner.cache;
+        let max = max.clamp(1, limits::DIR_PAGE_MAX);
+        // Whoever may list it has been found out when it was opened.
+        let known =
+            if self.inner.session.squashes_root() { None } else { self.known_page(ino, cookie, plus) };
+        if let Some(page) = known.filter(|page| page.entries.len() <= max as usize) {
+            return Ok(page);
+        }
         let ticket = cache.ticket();
-        let question =
-            v1::ReadDir { ino: ino.get(), cookie, max_entries: max.clamp(1, limits::DIR_PAGE_MAX), plus };
+        let question = v1::ReadDir { ino: ino.get(), cookie, max_entries: max, plus };
         let heard = self.inner.session.ask(cred, query::Op::ReadDir(question)).await;
         let ticket = ticket.at(heard.seen);
         let mut page = match heard.result? {
             answer::Body::DirPage(page) => page,
             other => return Err(unexpected(&other)),
         };
+        cache.put_page(&ticket, ino, cookie, &page);
         for entry in &mut page.entries {
             if let Some(attr) = &mut entry.attr {
                 cache.put_attr(&ticket, attr);
@@ -42,5 +49,18 @@ impl Client {
             self.inner.accessed(&attr);
         }
         Ok(page)
+    }
+
+    /// A page that was listed before, if everything in it is still believed.
+    fn known_page(&self, dir: InodeNo, cookie: u64, plus: bool) -> Option<v1::DirPage> {
+        let page = self.inner.cache.page(dir, cookie)?;
+        let mut page = v1::DirPage::clone(&page);
+        for entry in &mut page.entries {
+            entry.attr = match plus {
+                true => Some(self.cached_attr(InodeNo(entry.ino))?.0),
+                false => None,
+            };
+        }
+        Some(page)
     }
 }

@@ -104,7 +104,8 @@ fn lacks(attr: &Attr, name: &[u8]) -> bool {
         b"security.capability" => !attr.has_capability,
         b"system.posix_acl_access" => !attr.has_acl,
         b"system.posix_acl_default" => !attr.has_default_acl,
-        _ => false,
+        // Not user.*: who may read these depends on who asks, and some are shown of every file.
+        _ => attr.bare && [&b"security."[..], b"trusted."].iter().any(|space| name.starts_with(space)),
     }
 }
 

@@ -138,6 +138,11 @@ fn check_xattrs(found: &Found, violations: &mut Violations) {
         if inode.attr.nlink == 0 {
             continue; // being freed in steps
         }
+        let mut own = flagged.range((*ino, &[][..])..(*ino + 1, &[][..])).map(|(_, name)| *name);
+        violations
+            .unless(!inode.attr.bare || own.all(|name| name == acl::ACCESS || name == acl::DEFAULT), || {
+                format!("inode {ino} is marked as bare, but has attributes")
+            });
         let flags = [
             (acl::ACCESS, inode.attr.has_acl),
             (acl::DEFAULT, inode.attr.has_default_acl),

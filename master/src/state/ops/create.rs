@@ -155,6 +155,7 @@ fn new_inode(s: &mut State<'_>, by: &Caller<'_>, parent: &Inode, op: &v1::Create
         has_acl,
         has_default_acl,
         has_capability: false,
+        bare: true,
     };
     Ok((Inode { attr, target, mapped: ByteLen(0) }, acls))
 }

@@ -47,6 +47,7 @@ pub fn init(s: &mut State<'_>) {
         btime: now,
         version: 1,
         parent: InodeNo::ROOT.get(),
+        bare: true,
         ..Default::default()
     };
     s.tx.put_inode(&Inode { attr, target: Bytes::new(), mapped: ByteLen(0) });

@@ -115,6 +115,7 @@ fn set_plain(s: &mut State<'_>, inode: &mut Inode, op: &v1::SetXattr) -> OpResul
     }
     s.tx.put_xattr(inode.ino(), &op.name, &op.value)?;
     inode.attr.has_capability |= op.name.as_ref() == attr::CAPABILITY;
+    inode.attr.bare = false;
     Ok(())
 }
 
