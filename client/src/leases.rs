@@ -247,10 +247,12 @@ impl Leases {
         self.lost().get(&ino).copied()
     }
 
-    /// What was kept under a lost lease may be committed, or is gone.
-    pub fn settle_lost(&self, ino: InodeNo) {
+    /// What was kept under a lease that was lost at this version may be committed, or is gone.
+    pub fn settle_lost(&self, ino: InodeNo, version: u64) {
         let mut lost = self.lost();
-        lost.remove(&ino);
+        if lost.get(&ino) == Some(&version) {
+            lost.remove(&ino);
+        }
         self.lost_count.store(lost.len(), Ordering::SeqCst);
     }
 
@@ -274,11 +276,8 @@ impl Leases {
     /// Does something that takes a write lease, if there is one, and in this term if one is given. While it is being done,
     /// the lease does not end; it must not look at leases itself.
     pub fn writing<T>(&self, ino: InodeNo, term: Option<Term>, act: impl FnOnce() -> T) -> Option<T> {
-        if self.lost_at(ino).is_some() {
-            return None;
-        }
         let mut shard = self.shard(ino);
-        let held = shard.get_mut(&ino)?;
+        let held = shard.get_mut(&ino).filter(|_| self.lost_at(ino).is_none())?;
         let another = term.is_some_and(|term| term != held.term);
         if another || held.kind != Kind::Write || held.leaving.is_some() || self.left().is_zero() {
             return None;
@@ -293,11 +292,8 @@ impl Leases {
     /// Keeps what the kernel writes back of a shared mapping, under any lease, also one that is being given up: it ends only
     /// when that is committed. While it is being done, the lease does not end; it must not look at leases itself.
     pub fn keeping<T>(&self, ino: InodeNo, act: impl FnOnce() -> T) -> Option<T> {
-        if self.lost_at(ino).is_some() {
-            return None;
-        }
         let mut shard = self.shard(ino);
-        let held = shard.get_mut(&ino)?;
+        let held = shard.get_mut(&ino).filter(|_| self.lost_at(ino).is_none())?;
         held.kept = true;
         Some(act())
     }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Two mounts of one cluster: what one does the other sees (coherence.py), also when one is frozen, cut off or killed.
-# DFS_ROUNDS: how many random rounds (2,000; the long form is 10,000).
+# DFS_ROUNDS: how many random rounds (2,000; the long form is 10,000); DFS_SECONDS: how long many work in one directory (10; 60).
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 SECOND=$WORK/second
 mkdir "$SECOND"

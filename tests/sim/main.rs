@@ -22,7 +22,7 @@ use tracing_subscriber::fmt::{format::Writer, time::FormatTime};
 use workload::Violation;
 
 /// How many seeds run when nothing is said.
-const SEEDS: u64 = 60;
+const SEEDS: u64 = 50;
 const HISTORIES: u64 = 200;
 /// How many seeds a deliberate defect may take to be noticed.
 const DEFECT_SEEDS: u64 = 40;

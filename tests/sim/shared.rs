@@ -13,8 +13,10 @@ use dfs_master::raft::SimStorage;
 use dfs_proto::v1::{Attr, Create, Cred, ErrorCode, Kind, SetAttr};
 use dfs_proto::{FsResult, InodeNo};
 use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::Mutex as StdMutex;
 use std::time::Duration;
+use tokio::sync::Mutex;
 
 const NAMES: usize = 3;
 const FILES: usize = 2;
@@ -159,9 +161,10 @@ struct Worker {
     dir: InodeNo,
     files: Vec<Arc<OpenFile>>,
     random: SmallRng,
-    histories: Arc<Mutex<Histories>>,
-    /// Writes are flushed before they count: those that are not may be lost with a session, and that is told later.
-    flush: bool,
+    histories: Arc<StdMutex<Histories>>,
+    /// Writes are flushed before they count, and nobody looks at the file here meanwhile: bytes that are not flushed may be lost
+    /// with a session, and that is told later. By file: whether some may be left of a write that was given up.
+    flush: Option<Arc<[Mutex<bool>; FILES]>>,
     /// Reads go on while changes wait for a cluster that does not answer.
     only_reads: bool,
 }
@@ -281,13 +284,24 @@ impl Worker {
     }
 
     async fn file_op(&self, which: usize, op: &FileOp) -> FsResult<FileResult> {
+        let Some(flush) = &self.flush else { return self.file_op_now(which, op).await };
+        let (client, file) = (&self.client, &self.files[which]);
+        let mut left = flush[which].lock().await;
+        if *left {
+            client.fsync(file.ino).await?;
+        }
+        *left = matches!(op, FileOp::Write(..));
+        let result = self.file_op_now(which, op).await?;
+        client.fsync(file.ino).await?;
+        *left = false;
+        Ok(result)
+    }
+
+    async fn file_op_now(&self, which: usize, op: &FileOp) -> FsResult<FileResult> {
         let (client, cred, file) = (&self.client, &self.cred, &self.files[which]);
         match *op {
             FileOp::Write(slot, value) => {
                 client.write(file, (slot * SLOT) as u64, &value.to_le_bytes(), &Privileges::Keep).await?;
-                if self.flush {
-                    client.fsync(file.ino).await?;
-                }
                 Ok(FileResult::Done)
             }
             FileOp::Truncate(size) => {
@@ -330,7 +344,7 @@ pub fn run(seed: u64, faults: Faults) -> Result<Report, Violation> {
         world::start_master(&mut sim, id, Arc::clone(storage), seed, ttl);
     }
     let machines: Vec<Machine> = world::start_chunkds(&mut sim, seed);
-    let histories = Arc::new(Mutex::new(Histories::default()));
+    let histories = Arc::new(StdMutex::new(Histories::default()));
     let clients: Vec<String> = (1..=3 + seed % 3).map(|id| format!("client-{id}")).collect();
     for (id, host) in (1..).zip(&clients) {
         start_client(&mut sim, id, host, clients.len() as u64, seed, Arc::clone(&histories));
@@ -359,7 +373,7 @@ fn start_client(
     host: &str,
     clients: u64,
     seed: u64,
-    histories: Arc<Mutex<Histories>>,
+    histories: Arc<StdMutex<Histories>>,
 ) {
     let env = world::client_env(id, seed);
     let name = host.to_owned();
@@ -380,6 +394,7 @@ fn start_client(
             let flags = OpenFlags { read: true, write: true, ..OpenFlags::default() };
             files.push(client.open(&cred, ino, flags).await?);
         }
+        let flush = loses_sessions(seed).then(|| Arc::new([const { Mutex::const_new(false) }; FILES]));
         let worker = |only_reads: bool| Worker {
             number: id,
             client: client.clone(),
@@ -388,7 +403,7 @@ fn start_client(
             files: files.clone(),
             random: SmallRng::seed_from_u64(seed ^ (id << 40) ^ u64::from(only_reads)),
             histories: Arc::clone(&histories),
-            flush: loses_sessions(seed),
+            flush: flush.clone(),
             only_reads,
         };
         tokio::join!(work(worker(false)), work(worker(true)));

@@ -74,6 +74,32 @@ struct Named {
     term: Option<Term>,
 }
 
+/// A change by this client: nothing that it touches is believed before this is dropped, after its answer was learned; and for
+/// a while longer if it was not answered.
+pub struct Underway {
+    cache: Arc<Cache>,
+    doubt: u64,
+    pub answered: bool,
+}
+
+impl Underway {
+    /// It is about to be sent.
+    #[must_use]
+    pub fn begin(cache: &Arc<Cache>, touched: Touched) -> Self {
+        Self { cache: Arc::clone(cache), doubt: cache.doubts.begin(touched), answered: false }
+    }
+}
+
+impl Drop for Underway {
+    fn drop(&mut self) {
+        if self.answered {
+            self.cache.doubts.end(self.doubt);
+        } else {
+            self.cache.doubts.give_up(self.doubt, self.cache.leases.now());
+        }
+    }
+}
+
 impl Cache {
     /// A cache of at most `entries` attributes and as many names.
     #[must_use]
@@ -97,18 +123,10 @@ impl Cache {
         Ticket { taken: self.clock.load(Ordering::SeqCst), seen: None }
     }
 
-    /// A change by this client begins: nothing that it touches is believed before [`Cache::changed_or_not`].
-    pub fn changing(&self, touched: Touched) -> u64 {
-        self.doubts.begin(touched)
-    }
-
-    /// The answer to a change was learned; or it will never come.
-    pub fn changed_or_not(&self, change: u64, answered: bool) {
-        if answered {
-            self.doubts.end(change);
-        } else {
-            self.doubts.give_up(change, self.leases.now());
-        }
+    /// Whether a change of an inode by this client is under way.
+    #[must_use]
+    pub fn is_changing(&self, ino: InodeNo) -> bool {
+        self.doubts.touches(ino, self.leases.now())
     }
 
     /// A change by this client to the inode or to the directory's names has ended: it overtakes every ticket taken so far.
@@ -335,12 +353,12 @@ mod tests {
         cache.ticket().at(Some(SEEN))
     }
 
-    fn cache(inos: &[u64]) -> (Cache, Arc<Leases>, Arc<TestClock>) {
+    fn cache(inos: &[u64]) -> (Arc<Cache>, Arc<Leases>, Arc<TestClock>) {
         let (leases, clock) = leases();
         for ino in inos {
             leases.granted(InodeNo(*ino), Kind::Read, 1, SEEN);
         }
-        (Cache::new(Arc::clone(&leases), 64), leases, clock)
+        (Arc::new(Cache::new(Arc::clone(&leases), 64)), leases, clock)
     }
 
     #[test]
@@ -417,9 +435,10 @@ mod tests {
         cache.changed(dir);
         assert!(cache.page(dir, 0).is_none(), "an own change");
         keep();
-        let change = cache.changing(Touched::name(dir, b"a"));
+        let mut change = Underway::begin(&cache, Touched::name(dir, b"a"));
         assert!(cache.page(dir, 0).is_none());
-        cache.changed_or_not(change, true);
+        change.answered = true;
+        drop(change);
         assert!(cache.page(dir, 0).is_some());
         assert!(leases.recalled(dir, 1, None).is_ok());
         assert!(cache.page(dir, 0).is_none(), "somebody else's");
@@ -435,13 +454,13 @@ mod tests {
         for name in [b"a", b"b"] {
             cache.put_name(&fresh(&cache), dir, name, Some(ino));
         }
-        let change = cache.changing(Touched::name(dir, b"a").and(Some(ino)));
+        let mut change = Underway::begin(&cache, Touched::name(dir, b"a").and(Some(ino)));
         assert!(cache.attr(dir).is_none() && cache.attr(ino).is_none() && cache.name(dir, b"a").is_none());
         assert!(cache.name(dir, b"b").is_some(), "others in the directory are what they were");
-        cache.changed_or_not(change, true);
+        change.answered = true;
+        drop(change);
         assert!(cache.attr(dir).is_some() && cache.name(dir, b"a").is_some());
-        let change = cache.changing(Touched::inode(ino));
-        cache.changed_or_not(change, false);
+        drop(Underway::begin(&cache, Touched::inode(ino)));
         clock.pass(Duration::from_secs(5));
         assert!(cache.attr(ino).is_none(), "it may still happen");
     }

@@ -9,6 +9,7 @@ use crate::leases::Leases;
 use crate::master::Master;
 use crate::read::layout::Asked;
 use crate::read::{ReadState, Reader};
+pub use crate::write::Under;
 use crate::write::driver::{Hooks, Writer};
 use crate::write::{Policy, Settings};
 use bytes::{Bytes, BytesMut};
@@ -103,18 +104,12 @@ impl DataPlane {
         self.writer.try_write(ino, offset, data)
     }
 
-    /// Buffers bytes as long as the write lease lasts, if that is asked for; waits while memory is full. Answers how many it
-    /// took. After an error a front part may have been taken.
+    /// Buffers bytes as long as a lease lasts; waits while memory is full. Answers how many it took. After an error a front
+    /// part may have been taken.
     ///
     /// # Errors
     /// As [`DataPlane::try_write`], and ErrorIo when no memory came free within the operation time-out.
-    pub async fn write(
-        &self,
-        ino: InodeNo,
-        offset: u64,
-        data: &[u8],
-        under: Option<&Leases>,
-    ) -> FsResult<usize> {
+    pub async fn write(&self, ino: InodeNo, offset: u64, data: &[u8], under: Under<'_>) -> FsResult<usize> {
         self.writer.write(ino, offset, data, under).await
     }
 

@@ -4,6 +4,7 @@ use super::{DataConfig, DataPlane};
 use crate::master::{Defaults, Master};
 use crate::read::ReadState;
 use crate::read::layout::Layouts;
+use crate::write::Under;
 use async_trait::async_trait;
 use dfs_chunkd::Daemon;
 use dfs_env::Env;
@@ -238,7 +239,7 @@ async fn write(data: &DataPlane, ino: u64, offset: u64, bytes: &[u8], step: usiz
         let offset = offset + (at * step) as u64;
         match data.try_write(InodeNo(ino), offset, part) {
             Some(result) => result.unwrap(),
-            None => drop(data.write(InodeNo(ino), offset, part, None).await.unwrap()),
+            None => drop(data.write(InodeNo(ino), offset, part, Under::Nothing).await.unwrap()),
         }
     }
 }

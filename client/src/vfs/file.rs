@@ -2,6 +2,7 @@
 
 use super::attr::check_end;
 use super::{Client, Inner, OpenFile, OpenFlags, Privileges, attr_of, own_cred, unexpected};
+use crate::data::Under;
 use crate::leases::Term;
 use crate::read::ANY_VERSION;
 use bytes::Bytes;
@@ -146,15 +147,17 @@ impl Client {
     /// # Errors
     /// As [`Client::write`].
     pub async fn write_back(&self, ino: InodeNo, offset: u64, data: &[u8]) -> FsResult<()> {
-        let inner = &self.inner;
+        let (inner, leases) = (&self.inner, self.inner.session.leases());
+        check_end(offset, data.len() as u64)?;
+        let mut done = 0;
         loop {
-            if let Some(taken) = self.try_write_back(ino, offset, data) {
-                return taken;
+            let (at, rest) = (offset + done as u64, &data[done..]);
+            done += inner.data.write(ino, at, rest, Under::AnyLease(leases)).await?;
+            if done == data.len() {
+                return Ok(());
             }
             inner.settle_lost(ino).await;
-            if inner.session.leases().tenure(ino).is_some() {
-                inner.data.room().await?;
-            } else {
+            if leases.tenure(ino).is_none() {
                 inner.take_write_lease(ino).await?;
             }
         }
@@ -282,7 +285,8 @@ impl Inner {
         let leases = self.session.leases();
         let mut done = 0;
         loop {
-            done += self.data.write(ino, offset + done as u64, &data[done..], Some(leases)).await?;
+            done +=
+                self.data.write(ino, offset + done as u64, &data[done..], Under::WriteLease(leases)).await?;
             if done == data.len() {
                 return Ok(());
             }

@@ -75,8 +75,8 @@ pub(super) async fn run(inner: Weak<Inner>, mut wanted: mpsc::UnboundedReceiver<
 
 impl Inner {
     async fn leave(&self, leaving: Leaving) {
-        let Leaving { ino, held, keep } = leaving;
-        let held = self.session.leases().depart(ino).await.unwrap_or(held);
+        let (Leaving { ino, held, keep }, leases) = (leaving, self.session.leases());
+        let held = leases.depart(ino).await.unwrap_or(held);
         if defect::has(Defect::LateInvalidation) {
             tokio::time::sleep(TICK / 10).await;
             return self.session.leases().forget(ino);
@@ -86,7 +86,14 @@ impl Inner {
         if keep.is_none()
             && let Some(kernel) = self.kernel.get()
         {
-            kernel.forget(ino).await;
+            let forgotten = kernel.forget(ino);
+            if self.cache.is_changing(ino) {
+                // A truncate of our own: until its answer the kernel writes nothing back of the file, and the answer may wait for
+                // this lease.
+                let _late = tokio::time::timeout(WRITE_BACK, tokio::spawn(forgotten)).await;
+            } else {
+                forgotten.await;
+            }
         }
         let flushes = if held == Kind::Write { FLUSHES } else { 1 };
         for _ in 0..flushes {
@@ -96,6 +103,9 @@ impl Inner {
             }
             if keep.is_none() {
                 self.data.forget_layout(ino);
+            }
+            if let Some(version) = leases.lost_at(ino).filter(|_| self.data.dirty(ino).is_none()) {
+                leases.settle_lost(ino, version);
             }
             if self.session.give_back(ino, keep, || self.data.dirty(ino).is_none()).is_ok() {
                 return;
@@ -122,20 +132,22 @@ impl Inner {
     /// would come over what somebody else writes.
     async fn flush_for_good(&self, ino: InodeNo) {
         let mut told = Ok(());
+        let mut flushed = false;
         for _ in 0..FLUSHES {
-            if self.data.dirty(ino).is_none() {
+            if flushed || self.data.dirty(ino).is_none() {
                 break;
             }
             // An error of an earlier flush comes first; the bytes may still be there.
-            told = told.and(self.data.flush(ino).await.map(drop));
+            let result = self.data.flush(ino).await;
+            flushed = result.is_ok();
+            told = told.and(result.map(drop));
         }
-        if self.data.dirty(ino).is_some() {
+        // What has come since a flush that went well is not what this was about.
+        if !flushed && self.data.dirty(ino).is_some() {
             tracing::error!(%ino, ?told, "bytes could not be written when somebody else wanted the file: they are lost");
             self.data.discard(ino);
-            told = told.and(Err(FsError::new(
-                ErrorCode::ErrorIo,
-                "written bytes were lost: somebody else wanted the file",
-            )));
+            let text = "written bytes were lost: somebody else wanted the file";
+            told = told.and(Err(FsError::new(ErrorCode::ErrorIo, text)));
         }
         if let Err(error) = told {
             self.data.keep_error(ino, error);
@@ -163,16 +175,9 @@ impl Inner {
     /// or adds to them.
     pub(super) async fn settle_lost(&self, ino: InodeNo) {
         let leases = self.session.leases();
-        if leases.lost_at(ino).is_none() {
-            return;
-        }
-        if self.data.dirty(ino).is_some()
-            && let Err(error) = self.data.flush(ino).await
-        {
-            // For whoever wrote them.
-            self.data.keep_error(ino, error);
-        }
-        leases.settle_lost(ino);
+        let Some(version) = leases.lost_at(ino) else { return };
+        self.flush_for_good(ino).await;
+        leases.settle_lost(ino, version);
     }
 
     /// Nothing was heard of the master for so long that it may have given the session up: pages in the kernel, which live

@@ -7,12 +7,12 @@
 //!   is told.
 
 use super::own_cred;
-use crate::cache::{Cache, Touched};
+use crate::cache::{Cache, Touched, Underway};
 use crate::leases::Kind;
 use crate::session::Session;
 use crate::{Defaults, Master};
 use async_trait::async_trait;
-use dfs_proto::v1::{self, Cred, ErrorCode, LeaseKind, Timestamp, answer, hold, mutation};
+use dfs_proto::v1::{self, Cred, ErrorCode, LeaseKind, Timestamp, answer, hold, mutation, query};
 use dfs_proto::{FsError, FsResult, InodeNo, SessionId};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,11 +41,11 @@ impl Observer {
             // Whatever the cause, what was kept must not be committed any more: the data plane drops it and tells.
             let regained = self.regain(ino, version).await;
             regained.map_err(|error| FsError { code: ErrorCode::ErrorConflict, ..error })?;
-            self.session.leases().settle_lost(ino);
+            self.session.leases().settle_lost(ino, version);
         }
         // Under a write lease nobody else can see it before its answer is here.
         let seen_by_others = self.session.leases().kind(ino) != Some(Kind::Write);
-        let doubt = seen_by_others.then(|| self.cache.changing(Touched::inode(ino)));
+        let mut doubt = seen_by_others.then(|| Underway::begin(&self.cache, Touched::inode(ino)));
         let (ticket, session) = (self.cache.ticket(), self.session.session());
         let heard = self.session.change(cred, mutation::Op::Commit(commit)).await;
         match &heard.result {
@@ -53,23 +53,32 @@ impl Observer {
                 self.unsure().remove(&ino);
                 self.cache.learn(&ticket.at(heard.seen), attr);
             }
-            Err(_) if self.session.session() != session => drop(self.unsure().insert(ino, made)),
+            Err(_) if !heard.answered || self.session.session() != session => {
+                self.unsure().insert(ino, made);
+            }
             _ => {}
         }
-        if let Some(doubt) = doubt {
-            self.cache.changed_or_not(doubt, heard.answered);
+        if let Some(doubt) = &mut doubt {
+            doubt.answered = heard.answered;
         }
         heard.result
     }
 
-    /// Gets a write lease that was lost at this version.
+    /// Makes sure that nobody else has changed an inode since this version, on which a lease was lost, nor will before the commit.
     async fn regain(&self, ino: InodeNo, version: u64) -> FsResult<()> {
         let ticket = self.cache.ticket();
-        let take = v1::TakeLease { ino: ino.get(), kind: LeaseKind::LeaseWrite.into() };
-        let heard = self.session.get(&own_cred(), hold::Op::TakeLease(take)).await;
-        let answer = heard.result?;
-        let answer::Body::Leased(v1::Leased { attr: Some(attr) }) = answer else {
-            return Err(super::unexpected(&answer));
+        // Whoever holds a lease has not to wait for one, behind those who may wait for his: nobody else changes the inode.
+        let heard = if self.session.leases().tenure(ino).is_some() {
+            let question = v1::GetAttr { ino: ino.get(), generation: 0 };
+            self.session.ask(&own_cred(), query::Op::GetAttr(question)).await
+        } else {
+            let take = v1::TakeLease { ino: ino.get(), kind: LeaseKind::LeaseWrite.into() };
+            self.session.get(&own_cred(), hold::Op::TakeLease(take)).await
+        };
+        let attr = match heard.result? {
+            answer::Body::Leased(v1::Leased { attr: Some(attr) })
+            | answer::Body::Entry(v1::Entry { attr: Some(attr), .. }) => attr,
+            other => return Err(super::unexpected(&other)),
         };
         let unsure = self.unsure().remove(&ino);
         // The last commit in the old session may have happened: that was this client's own change.

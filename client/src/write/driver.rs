@@ -1,10 +1,10 @@
 //! Carries out what the write side's core decides: streams to daemons, commits and allocations at the master, timers.
 
+use super::Under;
 use super::attrs::AttrSet;
 use super::core::{Core, Dirty};
 use super::{Action, CommitId, Policy, Settings, WaiterId};
 use crate::data::links::{AppendEvent, AppendLink, Task};
-use crate::leases::Leases;
 use crate::master::{Defaults, Master};
 use bytes::Bytes;
 use dfs_env::Env;
@@ -240,13 +240,13 @@ impl Writer {
     }
 
     /// Buffers bytes, waits for memory where there is none. Answers how many it took: all, or as many as it could `under` the
-    /// write lease before that ended.
+    /// lease before that ended.
     pub(crate) async fn write(
         &self,
         ino: InodeNo,
         offset: u64,
         data: &[u8],
-        under: Option<&Leases>,
+        under: Under<'_>,
     ) -> FsResult<usize> {
         let mut done = 0;
         loop {
@@ -263,21 +263,17 @@ impl Writer {
         }
     }
 
-    /// False: there is no write lease.
-    async fn write_piece(
-        &self,
-        ino: InodeNo,
-        offset: u64,
-        data: &[u8],
-        under: Option<&Leases>,
-    ) -> FsResult<bool> {
+    /// False: there is no such lease.
+    async fn write_piece(&self, ino: InodeNo, offset: u64, data: &[u8], under: Under<'_>) -> FsResult<bool> {
         let began = self.now();
         loop {
             // Registered before the attempt: memory that comes free right after it wakes us.
             let freed = self.freed.notified();
             let attempt = match under {
-                Some(leases) => leases.writing(ino, None, || self.try_write(ino, offset, data)),
-                None => Some(self.try_write(ino, offset, data)),
+                Under::WriteLease(leases) => leases.writing(ino, None, || self.try_write(ino, offset, data)),
+                Under::AnyLease(leases) => leases.keeping(ino, || self.try_write(ino, offset, data)),
+                #[cfg(test)]
+                Under::Nothing => Some(self.try_write(ino, offset, data)),
             };
             match attempt {
                 None => return Ok(false),

@@ -32,9 +32,21 @@ pub mod inode;
 #[cfg(test)]
 mod tests;
 
+use crate::leases::Leases;
 use dfs_proto::v1;
 use dfs_proto::{ChunkId, FsResult, InodeNo, NodeId};
 use std::time::Duration;
+
+/// What allows bytes to be kept.
+#[derive(Clone, Copy)]
+pub enum Under<'l> {
+    /// A write lease that is not being given up.
+    WriteLease(&'l Leases),
+    /// Any lease, also one that is being given up: for what the kernel writes back of a shared mapping.
+    AnyLease(&'l Leases),
+    #[cfg(test)]
+    Nothing,
+}
 
 /// Numbers the runs of an inode in the order in which they were cut. 0 stands before the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -34,7 +34,7 @@ pub struct File {
     append: bool,
 }
 
-/// A read that is registered as not answered yet, until this is dropped: also by a panic, or by its end.
+/// A request that is registered as not answered yet, until this is dropped, whatever ends it.
 struct Waiting {
     fs: Arc<Shared>,
     ino: InodeNo,
@@ -54,6 +54,13 @@ pub struct WriteTo {
     pub offset: u64,
     pub write_flags: WriteFlags,
     pub open_flags: i32,
+}
+
+impl File {
+    /// Opened for direct I/O: nothing that is read or written stays in the kernel.
+    pub fn is_direct(&self) -> bool {
+        self.append
+    }
 }
 
 impl Shared {
@@ -165,6 +172,7 @@ impl Shared {
         let range = to.offset..to.offset.saturating_add(data.len() as u64);
         // Before anybody can wait for the pages that it holds.
         self.requests.begin_write(ino, id, range.clone());
+        let waiting = Waiting { fs: Arc::clone(self), ino, id };
         self.serve(request, reply, patience, move |fs, answer| async move {
             let before = fs.client.lease_term(ino);
             let done = if append {
@@ -174,7 +182,7 @@ impl Shared {
             } else {
                 fs.client.write(&file.open, to.offset, &data, &privileges).await
             };
-            fs.requests.end(ino, id);
+            drop(waiting);
             answer.give(done, |reply, ()| reply.written(written));
             if !append && (before.is_none() || fs.client.lease_term(ino) != before) {
                 // Its pages may hold, around what it wrote, what somebody else has changed while it waited.
@@ -192,15 +200,32 @@ impl Shared {
         size: u32,
         answer: Answer<ReplyData>,
     ) {
-        let (ino, length) = (file.open.ino, size as usize);
-        if file.append {
-            // Opened for direct I/O: nothing stays.
-            return answer
-                .give(self.client.read(&file.open, offset, length).await, |reply, bytes| reply.data(&bytes));
-        }
-        let range = offset..offset.saturating_add(size.into());
+        let (ino, range) = (file.open.ino, offset..offset.saturating_add(size.into()));
         self.requests.begin_read(ino, id, range.clone());
+        // Whoever is killed is answered before it is read, and holds no pages any more.
         let waiting = Waiting { fs: Arc::clone(self), ino, id };
+        tokio::select! {
+            biased;
+            () = self.read_under_lease(waiting, file, range, &answer) => {}
+            () = answer.interrupted() => {}
+        }
+    }
+
+    /// Reads what does not stay in the kernel, which holds no pages for it.
+    pub async fn read_directly(&self, file: &File, offset: u64, size: u32, answer: Answer<ReplyData>) {
+        let read = self.client.read(&file.open, offset, size as usize).await;
+        answer.give(read, |reply, bytes| reply.data(&bytes));
+    }
+
+    async fn read_under_lease(
+        self: &Arc<Self>,
+        waiting: Waiting,
+        file: &File,
+        range: Range<u64>,
+        answer: &Answer<ReplyData>,
+    ) {
+        let (ino, id, offset) = (waiting.ino, waiting.id, range.start);
+        let length = usize::try_from(range.end - offset).unwrap_or(usize::MAX);
         for _ in 0..READS {
             let term = self.client.read_lease(ino).await;
             let read = self.client.read(&file.open, offset, length).await;

@@ -312,16 +312,21 @@ impl Filesystem for Dfs {
         handle: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         let Some(file) = self.0.files.get(handle) else {
             return reply.error(Errno::EBADF);
         };
+        let direct = file.is_direct() || flags.0 & libc::O_DIRECT != 0;
         let id = request.unique().0;
         self.0.serve(request, reply, Patience::Killed, move |fs, answer| async move {
-            fs.read(id, &file, offset, size, answer).await;
+            if direct {
+                fs.read_directly(&file, offset, size, answer).await;
+            } else {
+                fs.read(id, &file, offset, size, answer).await;
+            }
         });
     }
 
