@@ -28,7 +28,8 @@ done
 requests() { dfs status --clients --json | python3 -c 'import json, sys; print(sum(s["requests"] for s in json.load(sys.stdin)["sessions"] if s["client"].endswith(sys.argv[1])))' "$MNT"; }
 warm() {
     ls -lR "$MNT/warm"
-    for _ in 1 2 3; do find "$MNT/warm" -type f -exec stat {} +; done
+    # Not find(1): it asks for the file system's space.
+    for _ in 1 2 3; do stat "$MNT"/warm/*/*; done
 }
 warm >/dev/null
 # Access times are sent a few seconds later.

@@ -263,20 +263,21 @@ impl Cache {
     /// Keeps a page of a directory's entries.
     pub fn put_page(&self, ticket: &Ticket, dir: InodeNo, cookie: u64, page: &DirPage) {
         if let Some(term) = self.term_of(ticket, dir) {
-            let kept = Kept { page: Arc::new(page.clone()), term, taken: ticket.taken };
-            self.pages().put(dir, cookie, kept);
+            let kept = Kept { after: cookie, page: Arc::new(page.clone()), term, taken: ticket.taken };
+            self.pages().put(dir, kept);
         }
     }
 
-    /// The entries that follow a cookie, if they are known. Their attributes are those of then.
+    /// The page with the entries that follow a cookie, if they are known, and how many of its entries stand before them. The
+    /// attributes in it are those of then.
     #[must_use]
-    pub fn page(&self, dir: InodeNo, cookie: u64) -> Option<Arc<DirPage>> {
-        let kept = self.pages().get(dir, cookie)?;
+    pub fn page(&self, dir: InodeNo, cookie: u64) -> Option<(Arc<DirPage>, usize)> {
+        let (kept, skip) = self.pages().get(dir, cookie)?;
         let now = Ticket { taken: kept.taken, seen: None };
         let believed = self.left(dir, Some(kept.term)).is_some()
             && !self.overtaken(&now, dir)
             && !self.doubts.touches(dir, self.leases.now());
-        believed.then_some(kept.page)
+        believed.then_some((kept.page, skip))
     }
 
     fn pages(&self) -> MutexGuard<'_, Pages> {

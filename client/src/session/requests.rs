@@ -181,6 +181,7 @@ impl State {
     ) -> u64 {
         let seq = self.next_seq;
         self.next_seq += 1;
+        tracing::trace!(seq, ?op, "a request");
         if is_lock(&op) {
             self.locks_pending += 1;
         }

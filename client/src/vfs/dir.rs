@@ -53,8 +53,8 @@ impl Client {
 
     /// A page that was listed before, if everything in it is still believed.
     fn known_page(&self, dir: InodeNo, cookie: u64, plus: bool) -> Option<v1::DirPage> {
-        let page = self.inner.cache.page(dir, cookie)?;
-        let mut page = v1::DirPage::clone(&page);
+        let (page, skip) = self.inner.cache.page(dir, cookie)?;
+        let mut page = v1::DirPage { entries: page.entries[skip..].to_vec(), end: page.end };
         for entry in &mut page.entries {
             entry.attr = match plus {
                 true => Some(self.cached_attr(InodeNo(entry.ino))?.0),
