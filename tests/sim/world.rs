@@ -17,7 +17,7 @@ use std::fmt::Debug;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 const MASTERS: u64 = 3;
 const CHUNKDS: u64 = 4;
@@ -35,6 +35,8 @@ const SESSION_TTL: Duration = Duration::from_secs(20);
 /// How many times in a row, a tenth of a second apart, masters must be alike to be at rest; and how often it is looked.
 const QUIET: u32 = 20;
 const CATCH_UP: u32 = 600;
+/// When every world begins.
+const EPOCH: Duration = Duration::from_secs(1_700_000_000);
 const RUN_END: Duration = Duration::from_secs(240);
 
 pub struct Machine {
@@ -110,6 +112,8 @@ pub fn report(operations: u64, plan: &Plan, happened: &impl Debug) -> Report {
 pub fn network<'a>(seed: u64) -> turmoil::Sim<'a> {
     turmoil::Builder::new()
         .rng_seed(seed)
+        // Not that of this machine, which is another every time.
+        .epoch(SystemTime::UNIX_EPOCH + EPOCH)
         .enable_random_order()
         .tick_duration(Duration::from_millis(1))
         .simulation_duration(RUN_END)

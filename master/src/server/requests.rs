@@ -598,7 +598,9 @@ pub async fn take_lease(link: Arc<Link>, seq: u64, take: v1::TakeLease) -> Resul
         Err(error) => return Ok(Done::Reply(reply(seq, failed(store_failed("reading an inode", &error))))),
     }
     if link.term.memory().leases.is_full(link.session, ino) {
-        let full = FsError::new(ErrorCode::ErrorUnavailable, "all leases are taken; some are asked back");
+        // Whoever reads can do without; whoever writes tries again.
+        let code = if kind == Kind::Read { ErrorCode::ErrorNoLocks } else { ErrorCode::ErrorUnavailable };
+        let full = FsError::new(code, "all leases are taken; some are asked back");
         return Ok(Done::Reply(reply(seq, failed(full))));
     }
     change::take(&link, ino, kind).await?;
