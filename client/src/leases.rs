@@ -210,19 +210,19 @@ impl Leases {
     /// The term under which something that is learned of an inode now may be kept, and believed until it ends.
     #[must_use]
     pub fn term(&self, ino: InodeNo) -> Option<Term> {
-        let mut shard = self.shard(ino);
-        let held = shard.get(&ino).filter(|held| held.leaving != Some(None))?;
-        let term = held.term;
-        drop(shard);
-        (!self.left().is_zero()).then_some(term)
+        self.believed(ino).map(|held| held.term)
+    }
+
+    /// The lease under which what is known of an inode may be believed now.
+    fn believed(&self, ino: InodeNo) -> Option<Held> {
+        let held = self.shard(ino).get(&ino).copied().filter(|held| held.leaving != Some(None))?;
+        (!self.left().is_zero()).then_some(held)
     }
 
     /// The term under which what the master saw then may be kept.
     #[must_use]
     pub fn term_at(&self, ino: InodeNo, seen: Seen) -> Option<Term> {
-        let term = self.term(ino)?;
-        let held = self.shard(ino).peek(&ino).copied()?;
-        (held.term == term && seen.is_under(held.since)).then_some(term)
+        self.believed(ino).filter(|held| seen.is_under(held.since)).map(|held| held.term)
     }
 
     /// Time since boot.
@@ -283,9 +283,7 @@ impl Leases {
             return None;
         }
         let done = act();
-        if std::mem::take(&mut held.reserved) && held.wanted.is_some() {
-            self.used.notify_waiters();
-        }
+        self.spend(held);
         Some(done)
     }
 
@@ -300,11 +298,13 @@ impl Leases {
 
     /// Whoever waited for a lease has used it.
     pub fn used(&self, ino: InodeNo) {
-        let mut shard = self.shard(ino);
-        if let Some(held) = shard.peek_mut(&ino)
-            && std::mem::take(&mut held.reserved)
-            && held.wanted.is_some()
-        {
+        if let Some(held) = self.shard(ino).peek_mut(&ino) {
+            self.spend(held);
+        }
+    }
+
+    fn spend(&self, held: &mut Held) {
+        if std::mem::take(&mut held.reserved) && held.wanted.is_some() {
             self.used.notify_waiters();
         }
     }
@@ -526,9 +526,8 @@ pub mod testing {
 
 #[cfg(test)]
 mod tests {
-    use super::testing::leases;
+    use super::testing::{SEEN, leases};
     use super::*;
-    use crate::leases::testing::SEEN;
 
     const INO: InodeNo = InodeNo(5);
 

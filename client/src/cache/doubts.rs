@@ -23,7 +23,7 @@ impl Touched {
     }
 
     pub fn name(dir: InodeNo, name: &[u8]) -> Self {
-        Self { inos: vec![dir], names: vec![(dir, name.to_vec())] }
+        Self::default().and_name(dir, name)
     }
 
     /// And this, if there is something.

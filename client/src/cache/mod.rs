@@ -1,12 +1,13 @@
 //! Attributes and names that were learned under leases, believed as long as these last: an attribute under the inode's, a name
 //! under its directory's.
 //!
-//! Two rules keep an answer from going back in time:
+//! Four rules keep an answer from going back in time:
 //! * An attribute never replaces one of a later [`Attr::version`].
 //! * A question that was under way when a change by this client to the same inode or directory ended may have been
 //!   answered from before that change: its answer is not kept. Each question takes a [`Ticket`] first, each change
-//!   leaves its stamp when it ends ([`Cache::changed`]). What was kept while the change was under way, it replaces. A lease that
-//!   is given up leaves one, too.
+//!   leaves its stamp when it ends ([`Cache::changed`]). What was kept while the change was under way, it replaces.
+//! * An answer is believed under a lease only if the master looked no earlier than when it gave the lease ([`Ticket::at`]).
+//! * What a change by this client touches is not believed before that is answered (`doubts.rs`).
 
 mod doubts;
 mod pages;
@@ -139,7 +140,7 @@ impl Cache {
     pub fn put_attr(&self, ticket: &Ticket, attr: &Attr) {
         let ino = InodeNo(attr.ino);
         let term = self.term_of(ticket, ino);
-        if !self.overtaken(ticket, ino) {
+        if !self.overtaken(ticket.taken, ino) {
             self.insert_attr(attr, term);
         }
     }
@@ -194,7 +195,7 @@ impl Cache {
     pub fn attr(&self, ino: InodeNo) -> Option<(Attr, Duration)> {
         let known = *self.attr_shard(ino).get(&ino.get())?;
         let left = self.left(ino, known.term)?;
-        (!self.doubts.touches(ino, self.leases.now())).then_some((known.attr, left))
+        (!self.is_changing(ino)).then_some((known.attr, left))
     }
 
     /// The attributes of an inode as they were last known, however long ago.
@@ -206,7 +207,7 @@ impl Cache {
     /// Keeps the answer to the question what a name stands for; `None`: nothing.
     pub fn put_name(&self, ticket: &Ticket, parent: InodeNo, name: &[u8], ino: Option<InodeNo>) {
         let named = Named { ino, term: self.term_of(ticket, parent) };
-        if self.overtaken(ticket, parent) {
+        if self.overtaken(ticket.taken, parent) {
             return;
         }
         self.name_shard(parent, name).put((parent.get(), Bytes::copy_from_slice(name)), named);
@@ -273,10 +274,9 @@ impl Cache {
     #[must_use]
     pub fn page(&self, dir: InodeNo, cookie: u64) -> Option<(Arc<DirPage>, usize)> {
         let (kept, skip) = self.pages().get(dir, cookie)?;
-        let now = Ticket { taken: kept.taken, seen: None };
         let believed = self.left(dir, Some(kept.term)).is_some()
-            && !self.overtaken(&now, dir)
-            && !self.doubts.touches(dir, self.leases.now());
+            && !self.overtaken(kept.taken, dir)
+            && !self.is_changing(dir);
         believed.then_some((kept.page, skip))
     }
 
@@ -309,8 +309,8 @@ impl Cache {
         Some(self.leases.left()).filter(|left| !left.is_zero())
     }
 
-    fn overtaken(&self, ticket: &Ticket, ino: InodeNo) -> bool {
-        self.stamps[stamp_of(ino)].load(Ordering::SeqCst) > ticket.taken
+    fn overtaken(&self, taken: u64, ino: InodeNo) -> bool {
+        self.stamps[stamp_of(ino)].load(Ordering::SeqCst) > taken
     }
 
     /// The term in which an answer may be believed: nobody else has changed the inode since the master looked.

@@ -68,7 +68,7 @@ impl Pages {
     #[must_use]
     pub fn get(&mut self, dir: InodeNo, cookie: u64) -> Option<(Kept, usize)> {
         let pages = self.dirs.get(&dir)?;
-        pages.iter().find_map(|kept| Some((kept.clone(), kept.skips(cookie)?)))
+        pages.iter().find_map(|kept| kept.skips(cookie).map(|skip| (kept.clone(), skip)))
     }
 }
 

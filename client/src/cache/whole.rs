@@ -69,8 +69,7 @@ impl WholeDirs {
 mod tests {
     use super::*;
     use crate::leases::Kind;
-    use crate::leases::testing::SEEN;
-    use crate::leases::testing::leases;
+    use crate::leases::testing::{SEEN, leases};
 
     #[test]
     fn a_directory_is_known_as_a_whole_until_somebody_else_changes_it() {

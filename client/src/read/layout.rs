@@ -254,8 +254,7 @@ pub fn complete_to(layout: &Layout, from: u64, to: u64) -> u64 {
 mod tests {
     use super::*;
     use crate::leases::Kind;
-    use crate::leases::testing::SEEN;
-    use crate::leases::testing::leases;
+    use crate::leases::testing::{SEEN, leases};
     use proptest::prelude::*;
 
     fn slice(file_offset: u64, chunk: u64, chunk_offset: u64, length: u64) -> Slice {

@@ -238,13 +238,12 @@ impl Session {
             matches!(&op, request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(lock)) }) if lock.wait);
         let deadline = shared.operation_timeout.map(|bound| Instant::now() + bound);
         // What is urgent has places of its own, whatever programs wait for.
-        let reserved = match requests::is_urgent(&op) {
-            true => Some(shared.place(&shared.reserve, deadline).await?),
-            false => None,
-        };
-        if reserved.is_none() {
+        let reserved = if requests::is_urgent(&op) {
+            Some(shared.place(&shared.reserve, deadline).await?)
+        } else {
             shared.place(&shared.window, deadline).await?.forget();
-        }
+            None
+        };
         let (reply, answer) = oneshot::channel();
         let seq = shared.submit(cred, op, Some(reply), deadline.filter(|_| !waits), reserved.is_none())?;
         // A waiting lock is not bounded in time; who drops the future takes it back.

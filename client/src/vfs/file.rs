@@ -147,20 +147,9 @@ impl Client {
     /// # Errors
     /// As [`Client::write`].
     pub async fn write_back(&self, ino: InodeNo, offset: u64, data: &[u8]) -> FsResult<()> {
-        let (inner, leases) = (&self.inner, self.inner.session.leases());
         check_end(offset, data.len() as u64)?;
-        let mut done = 0;
-        loop {
-            let (at, rest) = (offset + done as u64, &data[done..]);
-            done += inner.data.write(ino, at, rest, Under::AnyLease(leases)).await?;
-            if done == data.len() {
-                return Ok(());
-            }
-            inner.settle_lost(ino).await;
-            if leases.tenure(ino).is_none() {
-                inner.take_write_lease(ino).await?;
-            }
-        }
+        let leases = self.inner.session.leases();
+        self.inner.write_under(ino, offset, data, Under::AnyLease(leases)).await
     }
 
     /// The lease under which an inode may be read and what was read be kept, waited for in its turn if there is none.
@@ -272,7 +261,8 @@ impl Inner {
         check_end(offset, data.len() as u64)?;
         let loses = self.loses_privileges(file, privileges);
         self.mark_written(file, privileges, loses);
-        self.write_under_lease(file.ino, offset, data).await?;
+        let leases = self.session.leases();
+        self.write_under(file.ino, offset, data, Under::WriteLease(leases)).await?;
         if loses || file.flags.sync {
             // The cleared bits must show at once, not when the bytes happen to be committed.
             self.data.flush(file.ino).await?;
@@ -281,17 +271,19 @@ impl Inner {
     }
 
     /// Buffers bytes under write leases. Nobody sees them here before anybody could see them elsewhere.
-    async fn write_under_lease(&self, ino: InodeNo, offset: u64, data: &[u8]) -> FsResult<()> {
-        let leases = self.session.leases();
+    async fn write_under(&self, ino: InodeNo, offset: u64, data: &[u8], under: Under<'_>) -> FsResult<()> {
         let mut done = 0;
         loop {
-            done +=
-                self.data.write(ino, offset + done as u64, &data[done..], Under::WriteLease(leases)).await?;
+            done += self.data.write(ino, offset + done as u64, &data[done..], under).await?;
             if done == data.len() {
                 return Ok(());
             }
             self.settle_lost(ino).await;
-            self.take_write_lease(ino).await?;
+            // Under any lease there is nothing to wait for but what was settled just now.
+            let enough = matches!(under, Under::AnyLease(leases) if leases.tenure(ino).is_some());
+            if !enough {
+                self.take_write_lease(ino).await?;
+            }
         }
     }
 

@@ -202,13 +202,23 @@ impl Inner {
         if let Some(term) = leases.term(ino) {
             return Some(term);
         }
-        let ticket = self.cache.ticket();
-        let take = v1::TakeLease { ino: ino.get(), kind: LeaseKind::LeaseRead.into() };
-        let heard = self.session.get(&own_cred(), hold::Op::TakeLease(take)).await;
-        if let answer::Body::Leased(v1::Leased { attr: Some(attr) }) = heard.result.ok()? {
-            self.cache.put_attr(&ticket.at(heard.seen), &attr);
-        }
+        self.take_lease(ino, LeaseKind::LeaseRead).await.ok()?;
         leases.term(ino)
+    }
+
+    async fn take_lease(&self, ino: InodeNo, kind: LeaseKind) -> FsResult<()> {
+        let ticket = self.cache.ticket();
+        let take = v1::TakeLease { ino: ino.get(), kind: kind.into() };
+        let heard = self.session.get(&own_cred(), hold::Op::TakeLease(take)).await;
+        match heard.result? {
+            answer::Body::Leased(leased) => {
+                if let Some(attr) = &leased.attr {
+                    self.cache.put_attr(&ticket.at(heard.seen), attr);
+                }
+                Ok(())
+            }
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Gets a write lease. It may be wanted elsewhere again before it is of use: whoever needs it looks, and comes again.
@@ -217,21 +227,11 @@ impl Inner {
         if leases.writing(ino, None, || ()).is_some() {
             return Ok(());
         }
-        let ticket = self.cache.ticket();
-        let take = v1::TakeLease { ino: ino.get(), kind: LeaseKind::LeaseWrite.into() };
-        let heard = self.session.get(&own_cred(), hold::Op::TakeLease(take)).await;
-        match heard.result? {
-            answer::Body::Leased(leased) => {
-                if let Some(attr) = &leased.attr {
-                    self.cache.put_attr(&ticket.at(heard.seen), attr);
-                }
-                if leases.left().is_zero() {
-                    // Nothing counts before the next keep-alive is answered.
-                    tokio::time::sleep(UNCONFIRMED).await;
-                }
-                Ok(())
-            }
-            other => Err(unexpected(&other)),
+        self.take_lease(ino, LeaseKind::LeaseWrite).await?;
+        if leases.left().is_zero() {
+            // Nothing counts before the next keep-alive is answered.
+            tokio::time::sleep(UNCONFIRMED).await;
         }
+        Ok(())
     }
 }

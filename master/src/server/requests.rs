@@ -584,24 +584,24 @@ impl Drop for Opening {
 
 /// Gives a lease, once nobody else's is in its way.
 pub async fn take_lease(link: Arc<Link>, seq: u64, take: v1::TakeLease) -> Result<Done, Gone> {
+    let refused = |error: FsError| Ok(Done::Reply(reply(seq, failed(error))));
     let ino = InodeNo(take.ino);
     let kind = if take.kind() == v1::LeaseKind::LeaseWrite { Kind::Write } else { Kind::Read };
     if kind == Kind::Write {
         let access = opened(&link, take.ino);
         if !access.as_ref().is_ok_and(|access| access.write) {
-            return Ok(Done::Reply(reply(seq, failed(access.err().unwrap_or_else(|| not_opened(take.ino))))));
+            return refused(access.err().unwrap_or_else(|| not_opened(take.ino)));
         }
     }
     match state::attr(&*link.term.kv(), ino) {
         Ok(Some(_)) => {}
-        Ok(None) => return Ok(Done::Reply(reply(seq, failed(gone(ino))))),
-        Err(error) => return Ok(Done::Reply(reply(seq, failed(store_failed("reading an inode", &error))))),
+        Ok(None) => return refused(gone(ino)),
+        Err(error) => return refused(store_failed("reading an inode", &error)),
     }
     if link.term.memory().leases.is_full(link.session, ino) {
         // Whoever reads can do without; whoever writes tries again.
         let code = if kind == Kind::Read { ErrorCode::ErrorNoLocks } else { ErrorCode::ErrorUnavailable };
-        let full = FsError::new(code, "all leases are taken; some are asked back");
-        return Ok(Done::Reply(reply(seq, failed(full))));
+        return refused(FsError::new(code, "all leases are taken; some are asked back"));
     }
     change::take(&link, ino, kind).await?;
     link.term.shared.confirm().await?;
