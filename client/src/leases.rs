@@ -432,6 +432,18 @@ impl Leases {
         Ok(Some(grant))
     }
 
+    /// A write lease that nobody waits for becomes a read lease, if it is `clean`, which must not look at leases. Answers the
+    /// number of the grant, for the master.
+    pub fn write_no_more(&self, ino: InodeNo, clean: impl FnOnce() -> bool) -> Option<u64> {
+        let mut shard = self.shard(ino);
+        let held = shard.peek_mut(&ino)?;
+        if held.kind != Kind::Write || held.leaving.is_some() || held.reserved || !clean() {
+            return None;
+        }
+        held.kind = Kind::Read;
+        Some(held.grant)
+    }
+
     /// What is held, to be asserted to a master on a stream that begins; grants are numbered 0 from here on.
     #[must_use]
     pub fn assert(&self, begins: Seen) -> Asserted {
@@ -571,6 +583,30 @@ mod tests {
         leases.seen(INO, tenure, 9);
         assert_eq!(leases.end(), [(INO, Kind::Write)]);
         assert_eq!(leases.lost_at(INO), Some(9));
+    }
+
+    #[test]
+    fn a_clean_write_lease_becomes_a_read_lease_and_goes_on() {
+        let (leases, _) = leases();
+        leases.granted(INO, Kind::Write, 1, SEEN);
+        let term = leases.term(INO).expect("held");
+        assert_eq!(leases.write_no_more(INO, || false), None);
+        leases.reserve(INO);
+        assert_eq!(leases.write_no_more(INO, || true), None, "somebody is about to write");
+        leases.used(INO);
+        assert_eq!(leases.write_no_more(INO, || true), Some(1));
+        assert_eq!((leases.kind(INO), leases.is_current(INO, term)), (Some(Kind::Read), true));
+        assert_eq!(leases.writing(INO, None, || ()), None);
+        assert_eq!(leases.write_no_more(INO, || true), None, "it is one already");
+        assert_eq!(
+            leases.recalled(INO, 1, Some(Kind::Read)),
+            Ok(Kind::Read),
+            "the master's question was on its way"
+        );
+        assert_eq!(leases.left_behind(INO, Some(Kind::Read), || true), Ok(Some(1)));
+        leases.granted(INO, Kind::Write, 2, SEEN);
+        assert_eq!(leases.recalled(INO, 2, None), Ok(Kind::Write));
+        assert_eq!(leases.write_no_more(INO, || true), None, "it is being given up");
     }
 
     #[tokio::test(start_paused = true)]

@@ -47,6 +47,18 @@ pub fn parse_signals(status: &str) -> Option<Signals> {
     })
 }
 
+/// Whether the text of `/proc/filesystems` is of a kernel that runs SELinux.
+#[must_use]
+pub fn parse_has_selinux(filesystems: &str) -> bool {
+    filesystems.lines().any(|line| line.split_ascii_whitespace().last() == Some("selinuxfs"))
+}
+
+/// Whether this kernel runs SELinux; when that cannot be told, it may.
+#[must_use]
+pub fn has_selinux() -> bool {
+    std::fs::read_to_string("/proc/filesystems").map_or(true, |text| parse_has_selinux(&text))
+}
+
 /// The supplementary groups in the text of `/proc/TID/status`.
 #[must_use]
 pub fn parse_groups(status: &str) -> Vec<u32> {
@@ -114,6 +126,12 @@ mod tests {
         assert_eq!(parse_signals(&text), Some(Signals { pending: 0x102, blocked: 3, caught: 4 }));
         assert_eq!(parse_groups("Groups:\t\n"), Vec::<u32>::new());
         assert_eq!(parse_signals("Name: x\n"), None);
+    }
+
+    #[test]
+    fn selinux_is_found_among_the_file_systems() {
+        assert!(parse_has_selinux("nodev\tsysfs\nnodev\tselinuxfs\n\text4\n"));
+        assert!(!parse_has_selinux("nodev\tsysfs\n\text4\n"));
     }
 
     #[test]

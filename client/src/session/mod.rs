@@ -196,6 +196,12 @@ impl Session {
         Ok(())
     }
 
+    /// Nobody here has a file open: its write lease becomes a read lease if it is `clean`, and the master hears of it with
+    /// the next frame.
+    pub fn write_no_more(&self, ino: InodeNo, clean: impl FnOnce() -> bool) {
+        self.shared.state().write_no_more(ino, clean);
+    }
+
     /// Answers a question of the master about a file.
     pub fn tell(&self, ask: u64, attr: Option<v1::Attr>) {
         self.shared.state().tell(ask, attr);

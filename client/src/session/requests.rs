@@ -18,8 +18,8 @@ use super::held::Held;
 use crate::leases::{Kind, Leases, Seen, Unclean};
 use dfs_env::defect::{self, Defect};
 use dfs_proto::v1::{
-    self, Answer, CancelLock, ClientFrame, Cred, ErrorCode, Goodbye, Hello, LeaseReturn, MasterFrame, Reply,
-    Request, answer::Body, hold, mutation, request,
+    self, Answer, CancelLock, ClientFrame, Cred, ErrorCode, Goodbye, Hello, LeaseKind, LeaseReturn,
+    MasterFrame, Reply, Request, answer::Body, hold, mutation, request,
 };
 use dfs_proto::{FsError, FsResult, InodeNo, PROTOCOL_VERSION, limits};
 use prost::Message;
@@ -330,6 +330,14 @@ impl State {
             self.returned.push(LeaseReturn { ino: ino.get(), grant, keep, ..LeaseReturn::default() });
         }
         Ok(())
+    }
+
+    /// A write lease becomes a read lease without being asked for, if it is clean.
+    pub fn write_no_more(&mut self, ino: InodeNo, clean: impl FnOnce() -> bool) {
+        if let Some(grant) = self.leases.write_no_more(ino, clean) {
+            let keep = LeaseKind::LeaseRead.into();
+            self.returned.push(LeaseReturn { ino: ino.get(), grant, keep, ..LeaseReturn::default() });
+        }
     }
 
     /// What a file looks like that the master asked about; nothing: its changes are not kept here any more.

@@ -41,6 +41,18 @@ impl Client {
         }
     }
 
+    /// The inode that a name is known to stand for, with its attributes as they were last known: they are not to be believed.
+    #[must_use]
+    pub fn known_name(&self, parent: InodeNo, name: &[u8]) -> Option<Attr> {
+        let (ino, _) = self.inner.cache.name(parent, name)?;
+        self.last_known(ino?)
+    }
+
+    /// The attributes of an inode as they were last known, which are not to be believed.
+    pub(super) fn last_known(&self, ino: InodeNo) -> Option<Attr> {
+        self.inner.cache.last_attr(ino).map(|attr| self.inner.overlaid(attr))
+    }
+
     /// Attributes from a directory's page with what this client knows better.
     #[must_use]
     pub fn listed(&self, attr: Attr) -> Attr {

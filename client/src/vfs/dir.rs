@@ -4,6 +4,10 @@ use super::{Client, unexpected};
 use dfs_proto::v1::{self, Cred, answer, query};
 use dfs_proto::{FsResult, InodeNo, limits};
 
+/// So many entries of a page are shown with attributes that are not believed, and asked for one by one if somebody wants
+/// them, before the whole page is asked for again.
+const STRANGERS: usize = 4;
+
 impl Client {
     /// The entries that follow `cookie` (0: from the start), at most `max` of them; with `plus` each with its attributes.
     ///
@@ -51,16 +55,22 @@ impl Client {
         Ok(page)
     }
 
-    /// A page that was listed before, if everything in it is still believed.
+    /// A page that was listed before, if the names and nearly all attributes in it are still believed.
     fn known_page(&self, dir: InodeNo, cookie: u64, plus: bool) -> Option<v1::DirPage> {
         let (page, skip) = self.inner.cache.page(dir, cookie)?;
         let mut page = v1::DirPage { entries: page.entries[skip..].to_vec(), end: page.end };
+        let mut strangers = 0;
         for entry in &mut page.entries {
-            entry.attr = match plus {
-                true => Some(self.cached_attr(InodeNo(entry.ino))?.0),
-                false => None,
+            let ino = InodeNo(entry.ino);
+            entry.attr = match self.cached_attr(ino).filter(|_| plus) {
+                Some((attr, _)) => Some(attr),
+                None if plus => {
+                    strangers += 1;
+                    Some(self.last_known(ino)?)
+                }
+                None => None,
             };
         }
-        Some(page)
+        (strangers <= STRANGERS).then_some(page)
     }
 }

@@ -1,6 +1,7 @@
 //! open, read, write, append, flush, fsync, release.
 
 use super::attr::check_end;
+use super::files::Remains;
 use super::{Client, Inner, OpenFile, OpenFlags, Privileges, attr_of, own_cred, unexpected};
 use crate::data::Under;
 use crate::leases::Term;
@@ -219,19 +220,24 @@ impl Client {
     }
 
     /// Gives back an open file. Does not wait for the master: what is left to write (mmap) is flushed and the open is
-    /// given back in the background, in this order.
+    /// given back in the background, in this order. A write lease becomes a read lease, so that others can look at the file
+    /// without asking for it.
     ///
     /// # Errors
     /// When the session is broken for good.
     pub async fn release(&self, file: Arc<OpenFile>) -> FsResult<()> {
         let inner = &self.inner;
         let ino = file.ino;
-        if inner.files.closed(ino) {
+        let remains = inner.files.closed(ino);
+        if remains == Remains::Nothing {
             inner.data.discard(ino);
             inner.surrender(ino);
         }
         let close = hold::Op::Close(v1::Close { ino: ino.get() });
         if inner.data.dirty(ino).is_none() {
+            if remains == Remains::Named {
+                inner.session.write_no_more(ino, || inner.data.dirty(ino).is_none());
+            }
             return inner.session.hold_later(&own_cred(), close).await;
         }
         let (data, session) = (Arc::clone(&inner.data), Arc::clone(&inner.session));
@@ -240,6 +246,9 @@ impl Client {
                 tracing::warn!(%ino, %error, "the last bytes of a closed file could not be written");
                 // For the next write, flush or sync of this inode: nobody waits here who could be told.
                 data.keep_error(ino, error);
+            }
+            if remains == Remains::Named {
+                session.write_no_more(ino, || data.dirty(ino).is_none());
             }
             if let Err(error) = session.hold_later(&own_cred(), close).await {
                 tracing::warn!(%ino, %error, "a file could not be closed at the master");

@@ -71,6 +71,17 @@ pub(super) struct FileState {
     unlinked: AtomicBool,
 }
 
+/// What is left of an inode after a close.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Remains {
+    /// Others of this client have it open.
+    Open,
+    /// It has names, and nobody here has it open.
+    Named,
+    /// It has no name either.
+    Nothing,
+}
+
 /// The inodes that are open, and how often. An inode leaves when its last open has been flushed and closed, so bytes
 /// that are not committed belong to an inode in here.
 #[derive(Default)]
@@ -91,17 +102,17 @@ impl Files {
         Arc::clone(state)
     }
 
-    /// Counts one open less. Answers whether it was the last one of an inode without names.
-    pub fn closed(&self, ino: InodeNo) -> bool {
+    /// Counts one open less. Answers what is left.
+    pub fn closed(&self, ino: InodeNo) -> Remains {
         let mut open = self.lock();
-        let Some((state, count)) = open.get_mut(&ino) else { return false };
+        let Some((state, count)) = open.get_mut(&ino) else { return Remains::Nothing };
         *count -= 1;
         if *count > 0 {
-            return false;
+            return Remains::Open;
         }
         let unlinked = state.unlinked.load(Ordering::Relaxed);
         open.remove(&ino);
-        unlinked
+        if unlinked { Remains::Nothing } else { Remains::Named }
     }
 
     /// The inode lost its last name. Answers whether this client has it open.
@@ -145,12 +156,12 @@ mod tests {
         let second = files.opened(ino);
         assert!(Arc::ptr_eq(&first, &second));
         assert!(files.unlinked(ino));
-        assert!(!files.closed(ino));
-        assert!(files.closed(ino));
+        assert_eq!(files.closed(ino), Remains::Open);
+        assert_eq!(files.closed(ino), Remains::Nothing);
         assert!(files.is_empty());
         files.opened(ino);
         files.unlinked(ino);
         files.linked(ino);
-        assert!(!files.closed(ino));
+        assert_eq!(files.closed(ino), Remains::Named);
     }
 }

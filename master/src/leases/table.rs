@@ -382,6 +382,14 @@ impl Leases {
             || self.unclaimed_bar(session, What::See, ino)
     }
 
+    /// Whether another session may have changed an inode since then.
+    #[must_use]
+    pub fn has_changed(&self, session: SessionId, ino: InodeNo, since: Clock) -> bool {
+        let stamp = self.stamps[stamp_of(ino)];
+        let changed = if stamp.by == Some(session) { stamp.before } else { stamp.last };
+        changed > since.0
+    }
+
     /// The log has noted a bucket of a session.
     pub fn noted(&mut self, session: SessionId, kind: Kind, bucket: u32, now: Duration) {
         let Some(holder) = self.holders.get_mut(&session) else { return };
@@ -430,10 +438,8 @@ impl Leases {
             return false;
         }
         let held = self.held(session, ino);
-        let stamp = self.stamps[stamp_of(ino)];
-        let changed = if stamp.by == Some(session) { stamp.before } else { stamp.last };
         if held >= Some(kind)
-            || changed > seen.0
+            || self.has_changed(session, ino, seen)
             || (held.is_none() && self.total >= self.limit)
             || !(self.is_free(session, ino, kind) || defect::has(Defect::GrantedTwice))
             || !self.is_noted(session, ino, kind)
@@ -687,7 +693,7 @@ impl Leases {
     }
 
     /// Whether the log knows that the session may hold such a lease here; if not, that is asked for.
-    fn is_noted(&mut self, session: SessionId, ino: InodeNo, kind: Kind) -> bool {
+    pub fn is_noted(&mut self, session: SessionId, ino: InodeNo, kind: Kind) -> bool {
         let Some(holder) = self.holders.get(&session) else { return true };
         let bucket = bucket_of(ino);
         if holder.notes.of(kind).has(bucket) {

@@ -9,10 +9,10 @@
 //! [`FRAME_REQUESTS_MAX`]. It is read all the time: leases come back and keep-alives with whatever waits. What waits to be
 //! sent is answers to those requests, and HTTP/2 stops polling us while the client does not read.
 
-use super::requests;
 use super::session::gone;
 use super::term::Term;
 use super::{Gone, RAFT_WAIT};
+use super::{locking, questions, requests};
 use crate::leases::table::{self, Kind};
 use dfs_proto::limits::{FRAME_BYTES_MAX, FRAME_REQUESTS_MAX, SESSION_WINDOW};
 use dfs_proto::v1::{ClientFrame, LeaseKind, MasterFrame, Recall, Reply, hold, request};
@@ -216,26 +216,26 @@ impl Connection {
                 }
                 Some(request::Op::Hold(hold)) => match hold.op {
                     Some(hold::Op::Lock(lock)) => {
-                        self.running.push(requests::lock(link, seq, lock).boxed());
+                        self.running.push(locking::lock(link, seq, lock).boxed());
                     }
                     Some(hold::Op::GetLock(lock)) => {
-                        self.running.push(requests::get_lock(link, seq, lock).boxed());
+                        self.running.push(locking::get_lock(link, seq, lock).boxed());
                     }
                     Some(hold::Op::TakeLease(take)) => {
-                        self.running.push(requests::take_lease(link, seq, take).boxed());
+                        self.running.push(questions::take_lease(link, seq, take).boxed());
                     }
-                    Some(op) => reads.push(requests::Read { seq, cred, op: requests::ReadOp::Hold(op) }),
+                    Some(op) => reads.push(questions::Read { seq, cred, op: questions::ReadOp::Hold(op) }),
                     None => self.replies.push_back(requests::not_understood(seq)),
                 },
                 Some(request::Op::Query(query)) => {
-                    let op = requests::ReadOp::Query(query);
-                    reads.push(requests::Read { seq, cred, op });
+                    let op = questions::ReadOp::Query(query);
+                    reads.push(questions::Read { seq, cred, op });
                 }
                 None => self.replies.push_back(requests::not_understood(seq)),
             }
         }
         if !reads.is_empty() {
-            self.running.push(requests::read(Arc::clone(&self.link), reads).boxed());
+            self.running.push(questions::read(Arc::clone(&self.link), reads).boxed());
         }
         Ok(())
     }

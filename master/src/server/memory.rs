@@ -67,6 +67,8 @@ pub struct Memory {
     notes: BTreeSet<(SessionId, Kind, u32)>,
     noting: BTreeSet<(SessionId, Kind, u32)>,
     pub notes_wanted: Arc<Notify>,
+    /// How often the log has noted some.
+    noted: watch::Sender<u64>,
     /// Questions to those who buffer changes: whom, and who waits for the answer.
     asked: BTreeMap<u64, (SessionId, oneshot::Sender<Option<v1::Attr>>)>,
     next_ask: u64,
@@ -97,6 +99,7 @@ impl Memory {
             notes: BTreeSet::new(),
             noting: BTreeSet::new(),
             notes_wanted: Arc::default(),
+            noted: watch::Sender::new(0),
             asked: BTreeMap::new(),
             next_ask: 1,
             opens: Opens::default(),
@@ -373,7 +376,13 @@ impl Memory {
                 self.notes.insert((session, kind, bucket));
             }
         }
+        self.noted.send_modify(|times| *times += 1);
         self.dispatch();
+    }
+
+    /// Changes when the log has noted buckets, perhaps those that are wanted now.
+    pub fn tell_when_noted(&self) -> watch::Receiver<u64> {
+        self.noted.subscribe()
     }
 
     /// Asks whoever buffers changes of an inode what it looks like. None: nobody else does, as far as is known.

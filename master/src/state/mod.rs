@@ -28,7 +28,7 @@ pub use query::{access_of_holder, check_open, layout, query};
 pub use read::*;
 use rows::{OpResult, answered, corrupt, refused};
 use std::io;
-pub use touched::{names_of, touched};
+pub use touched::{names_of, shown_as_committed, touched};
 
 /// The version of the log's batches.
 pub const BATCH_VERSION: u32 = 1;

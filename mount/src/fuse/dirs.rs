@@ -40,7 +40,11 @@ struct Page {
     /// Where the reader is: the index of the next entry, and the cookie before it.
     next: usize,
     position: u64,
+    /// The entries have their attributes.
     plus: bool,
+    /// The kernel asks for attributes beyond the beginning: it does when names have been looked up since the last piece, as
+    /// `ls -l` does after every few hundred entries. What it does not ask for in between is looked up next.
+    looks: bool,
 }
 
 impl Page {
@@ -146,10 +150,12 @@ impl Shared {
         // The dots stand before the first entry.
         let cookie = if position <= DOT_DOT { 0 } else { position };
         // Rewinding shows what is there now, not what was.
-        if position != 0 && page.plus == L::PLUS && page.seek(cookie) {
+        page.looks |= L::PLUS && position != 0;
+        if position != 0 && (page.plus || !L::PLUS) && page.seek(cookie) {
             return Ok(());
         }
-        let fetched = self.client.read_dir(&dir.cred, dir.ino, cookie, limits::DIR_PAGE_MAX, L::PLUS).await?;
+        let plus = L::PLUS || page.looks;
+        let fetched = self.client.read_dir(&dir.cred, dir.ino, cookie, limits::DIR_PAGE_MAX, plus).await?;
         *page = Page {
             // A page without entries that is not the end would be asked for again and again.
             end: fetched.end || fetched.entries.is_empty(),
@@ -157,7 +163,8 @@ impl Shared {
             after: cookie,
             next: 0,
             position: cookie,
-            plus: L::PLUS,
+            plus,
+            looks: page.looks,
         };
         Ok(())
     }

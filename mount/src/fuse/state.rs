@@ -9,6 +9,7 @@ use super::handles::Handles;
 use crate::inodes::Inodes;
 use crate::kernel::Kernel;
 use crate::killable::{Patience, Registry};
+use crate::procfs;
 use dfs_client::Client;
 use dfs_proto::{FsResult, InodeNo, v1};
 use fuser::{InitFlags, KernelConfig, LockOwner, ReplyEmpty, ReplyEntry, Request};
@@ -49,6 +50,8 @@ pub struct Shared {
     pub dirs: Handles<Dir>,
     pub registry: Arc<Registry>,
     pub runtime: Handle,
+    /// Whether this kernel keeps SELinux labels.
+    pub labels: bool,
     /// Writes that wait for something.
     pub requests: Requests,
     /// Set once the mount is there.
@@ -69,6 +72,7 @@ impl Dfs {
             dirs: Handles::default(),
             registry,
             runtime,
+            labels: procfs::has_selinux(),
             requests: Requests::default(),
             kernel: OnceLock::new(),
         }))
