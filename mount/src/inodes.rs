@@ -5,7 +5,9 @@ use dfs_client::leases::Term;
 use dfs_proto::v1::ErrorCode;
 use dfs_proto::{FsError, FsResult, InodeNo};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The kernel's number for the root of a mount.
 const FUSE_ROOT: u64 = 1;
@@ -15,6 +17,9 @@ const SHARDS: usize = 16;
 /// What the kernel knows.
 pub struct Inodes {
     root: InodeNo,
+    began: Instant,
+    /// Counts how often the kernel was told to forget all names.
+    epoch: AtomicU32,
     shards: Vec<Mutex<HashMap<InodeNo, Known>>>,
 }
 
@@ -26,6 +31,18 @@ struct Known {
     has_pages: bool,
     /// In which lease they were read, all of them; none: some were read without.
     pages: Option<Term>,
+    /// Until when the kernel believes a name of it, in seconds since the mount, if the epoch is still this one.
+    name: u32,
+    epoch: u32,
+    /// Until when it believes its attributes, at least.
+    attr: u32,
+}
+
+/// What the kernel still believes of an inode without asking.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Believed {
+    pub name: bool,
+    pub attr: bool,
 }
 
 /// What the kernel may have cached of an inode.
@@ -39,7 +56,12 @@ impl Inodes {
     /// With `root` as what the kernel sees as the root of the mount.
     #[must_use]
     pub fn new(root: InodeNo) -> Self {
-        Self { root, shards: (0..SHARDS).map(|_| Mutex::default()).collect() }
+        Self {
+            root,
+            began: Instant::now(),
+            epoch: AtomicU32::new(0),
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+        }
     }
 
     /// The inode behind a number of the kernel's.
@@ -75,6 +97,39 @@ impl Inodes {
         let known = shard.entry(ino).or_default();
         known.lookups += 1;
         known.is_dir = is_dir;
+    }
+
+    /// The kernel is told of a name and of attributes that it may believe for so long.
+    pub fn told(&self, ino: InodeNo, name: Duration, attr: Duration) {
+        let epoch = self.epoch.load(Ordering::SeqCst);
+        if let Some(known) = self.shard(ino).get_mut(&ino) {
+            let elapsed = self.began.elapsed();
+            let until = |ttl: Duration| u32::try_from((elapsed + ttl).as_secs()).unwrap_or(u32::MAX);
+            (known.name, known.epoch, known.attr) = (until(name), epoch, until(attr));
+        }
+    }
+
+    /// What the kernel believes of an inode for a second at least; only a guess, for it may drop anything at any time.
+    #[must_use]
+    pub fn believed(&self, ino: InodeNo) -> Believed {
+        let epoch = self.epoch.load(Ordering::SeqCst);
+        let soon = u32::try_from(self.began.elapsed().as_secs()).unwrap_or(u32::MAX).saturating_add(1);
+        self.shard(ino).get(&ino).map_or_else(Believed::default, |known| Believed {
+            name: known.name > soon && known.epoch == epoch,
+            attr: known.attr > soon,
+        })
+    }
+
+    /// The kernel is about to forget the attributes of an inode.
+    pub fn attr_dropped(&self, ino: InodeNo) {
+        if let Some(known) = self.shard(ino).get_mut(&ino) {
+            known.attr = 0;
+        }
+    }
+
+    /// The kernel is about to forget all names.
+    pub fn names_dropped(&self) {
+        self.epoch.fetch_add(1, Ordering::SeqCst);
     }
 
     /// The kernel forgets that it was told `lookups` times.
@@ -150,6 +205,27 @@ mod tests {
         inodes.forget(INO, 1);
         assert!(inodes.shard(INO).is_empty());
         inodes.forget(INO, 3);
+    }
+
+    #[test]
+    fn what_the_kernel_believes_ends_with_its_time_with_the_names_and_with_the_attributes() {
+        let inodes = Inodes::new(InodeNo::ROOT);
+        let (long, all) = (Duration::from_secs(18), Believed { name: true, attr: true });
+        inodes.told(INO, long, long);
+        assert_eq!(inodes.believed(INO), Believed::default(), "it does not know it");
+        inodes.looked_up(INO, false);
+        assert_eq!(inodes.believed(INO), Believed::default());
+        inodes.told(INO, long, long);
+        assert_eq!(inodes.believed(INO), all);
+        inodes.attr_dropped(INO);
+        assert_eq!(inodes.believed(INO), Believed { name: true, attr: false });
+        inodes.told(INO, long, long);
+        inodes.names_dropped();
+        assert_eq!(inodes.believed(INO), Believed { name: false, attr: true });
+        inodes.told(INO, long, Duration::ZERO);
+        assert_eq!(inodes.believed(INO), Believed { name: true, attr: false });
+        inodes.told(INO, Duration::ZERO, long);
+        assert_eq!(inodes.believed(INO), Believed { name: false, attr: true });
     }
 
     #[test]

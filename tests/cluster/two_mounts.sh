@@ -25,7 +25,7 @@ for i in {1..10}; do
     mkdir "$MNT/warm/$i"
     touch "$MNT/warm/$i/"{1..30}
 done
-requests() { dfs status --clients --json | python3 -c 'import json, sys; print(sum(s["requests"] for s in json.load(sys.stdin)["sessions"] if s["client"].endswith(sys.argv[1])))' "$MNT"; }
+requests() { dfs status --clients --json | python3 -c 'import json, sys; print(sum(s["requests"] for s in json.load(sys.stdin)["sessions"] if s["client"].endswith(sys.argv[1])))' "${1:-$MNT}"; }
 warm() {
     ls -lR "$MNT/warm"
     # Not find(1): it asks for the file system's space.
@@ -40,6 +40,16 @@ warm >"$WORK/warm"
 after=$(requests)
 (($(wc -l <"$WORK/warm") > 3000)) || fail "nothing was listed"
 ((after == before)) || fail "listing and looking at what is cached cost $((after - before)) messages"
+
+step "what another mount has just made is listed with a few messages"
+mkdir "$MNT/many"
+(cd "$MNT/many" && seq -f %05g 3000 | xargs touch && for i in {00001..00300}; do echo "$i" >"$i"; done)
+before=$(requests "$SECOND")
+(($(ls -l "$SECOND/many" | wc -l) == 3001)) || fail "not everything was listed"
+after=$(requests "$SECOND")
+echo "  $((after - before)) messages for 3,000 files"
+((after - before <= 20)) || fail "ls -l of 3,000 files cost $((after - before)) messages"
+(($(ls -l "$SECOND/many" | awk '$5 == 6' | wc -l) == 300)) || fail "the sizes are not those that were written"
 
 step "a mount that stands still for longer than its session lives: the other one goes on, and nothing is lost silently"
 mkdir "$MNT/frozen"

@@ -16,7 +16,7 @@ mod whole;
 use crate::leases::{Leases, Seen, Term};
 use bytes::Bytes;
 use dfs_proto::InodeNo;
-use dfs_proto::v1::{Attr, DirPage, Timestamp};
+use dfs_proto::v1::{Attr, DirEntry, DirPage, Timestamp};
 use doubts::Doubts;
 pub use doubts::Touched;
 use lru::LruCache;
@@ -261,16 +261,17 @@ impl Cache {
         Some((None, self.left(parent, Some(term))?))
     }
 
-    /// Keeps a page of a directory's entries.
+    /// Keeps a page of a directory's entries, without their attributes.
     pub fn put_page(&self, ticket: &Ticket, dir: InodeNo, cookie: u64, page: &DirPage) {
         if let Some(term) = self.term_of(ticket, dir) {
-            let kept = Kept { after: cookie, page: Arc::new(page.clone()), term, taken: ticket.taken };
+            let bare = |entry: &DirEntry| DirEntry { attr: None, name: entry.name.clone(), ..*entry };
+            let page = DirPage { entries: page.entries.iter().map(bare).collect(), end: page.end };
+            let kept = Kept { after: cookie, page: Arc::new(page), term, taken: ticket.taken };
             self.pages().put(dir, kept);
         }
     }
 
-    /// The page with the entries that follow a cookie, if they are known, and how many of its entries stand before them. The
-    /// attributes in it are those of then.
+    /// The page with the entries that follow a cookie, if they are known, and how many of its entries stand before them.
     #[must_use]
     pub fn page(&self, dir: InodeNo, cookie: u64) -> Option<(Arc<DirPage>, usize)> {
         let (kept, skip) = self.pages().get(dir, cookie)?;

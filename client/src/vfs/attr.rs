@@ -41,11 +41,12 @@ impl Client {
         }
     }
 
-    /// The inode that a name is known to stand for, with its attributes as they were last known: they are not to be believed.
+    /// The inode that a name is known to stand for, and for how long that may be believed; with its attributes as they were
+    /// last known, which are not to be.
     #[must_use]
-    pub fn known_name(&self, parent: InodeNo, name: &[u8]) -> Option<Attr> {
-        let (ino, _) = self.inner.cache.name(parent, name)?;
-        self.last_known(ino?)
+    pub fn known_name(&self, parent: InodeNo, name: &[u8]) -> Option<(Attr, Duration)> {
+        let (ino, left) = self.inner.cache.name(parent, name)?;
+        Some((self.last_known(ino?)?, left))
     }
 
     /// The attributes of an inode as they were last known, which are not to be believed.

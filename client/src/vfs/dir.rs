@@ -24,9 +24,7 @@ impl Client {
         let cache = &self.inner.cache;
         let max = max.clamp(1, limits::DIR_PAGE_MAX);
         // Whoever may list it has been found out when it was opened.
-        let known =
-            if self.inner.session.squashes_root() { None } else { self.known_page(ino, cookie, plus) };
-        if let Some(page) = known.filter(|page| page.entries.len() <= max as usize) {
+        if let Some(page) = self.known_page(ino, cookie, max, plus) {
             return Ok(page);
         }
         let ticket = cache.ticket();
@@ -55,22 +53,36 @@ impl Client {
         Ok(page)
     }
 
+    /// The first entries of a directory that was listed before, without attributes, if they are still believed; what
+    /// [`Client::read_dir`] would answer, without waiting. For whoever has opened it, and so may list it.
+    #[must_use]
+    pub fn names_listed(&self, dir: InodeNo, max: u32) -> Option<v1::DirPage> {
+        self.known_page(dir, 0, max, false)
+    }
+
     /// A page that was listed before, if the names and nearly all attributes in it are still believed.
-    fn known_page(&self, dir: InodeNo, cookie: u64, plus: bool) -> Option<v1::DirPage> {
+    fn known_page(&self, dir: InodeNo, cookie: u64, max: u32, plus: bool) -> Option<v1::DirPage> {
+        if self.inner.session.squashes_root() {
+            return None;
+        }
         let (page, skip) = self.inner.cache.page(dir, cookie)?;
-        let mut page = v1::DirPage { entries: page.entries[skip..].to_vec(), end: page.end };
+        if page.entries.len() - skip > max as usize {
+            return None;
+        }
         let mut strangers = 0;
-        for entry in &mut page.entries {
+        let mut entries = Vec::with_capacity(page.entries.len() - skip);
+        for entry in &page.entries[skip..] {
             let ino = InodeNo(entry.ino);
-            entry.attr = match self.cached_attr(ino).filter(|_| plus) {
-                Some((attr, _)) => Some(attr),
-                None if plus => {
+            let attr = match plus.then(|| self.cached_attr(ino)) {
+                None => None,
+                Some(Some((attr, _))) => Some(attr),
+                Some(None) => {
                     strangers += 1;
                     Some(self.last_known(ino)?)
                 }
-                None => None,
             };
+            entries.push(v1::DirEntry { attr, name: entry.name.clone(), ..*entry });
         }
-        (strangers <= STRANGERS).then_some(page)
+        (strangers <= STRANGERS).then_some(v1::DirPage { entries, end: page.end })
     }
 }

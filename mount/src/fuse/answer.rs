@@ -118,7 +118,8 @@ impl Answer<ReplyEntry> {
             Ok(shown) => {
                 let ino = InodeNo(attr.ino);
                 fs.inodes.looked_up(ino, attr.kind() == Kind::Dir);
-                let attr_ttl = attr_ttl(&attr);
+                let (ttl, attr_ttl) = (fs.as_kernel_can(ttl), attr_ttl(&attr));
+                fs.inodes.told(ino, ttl, attr_ttl);
                 let generation = Generation(attr.generation);
                 if !self.send(|reply| reply.entry_with_ttls(&attr_ttl, &ttl, &shown, generation)) {
                     fs.inodes.forget(ino, 1);

@@ -2,6 +2,10 @@
 //!
 //! An entry's cookie is the same for every reader and stays while entries come and go, so a position is just the cookie
 //! of the last entry read: `.` has 1, `..` has 2, the master's are above.
+//!
+//! A kernel that opens a directory asks for attributes with the first entries, whether it has them or not; those that come make
+//! it drop the ACLs that it has. If it has most of what it asks for, the first answer is the two dots and nothing else: then it
+//! goes on without asking for attributes.
 
 use super::answer::Answer;
 use super::convert::{file_attr, file_type};
@@ -16,6 +20,8 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
+/// Entries of a page that are looked at to tell whether the kernel has them.
+const SAMPLES: usize = 16;
 const DOT: u64 = 1;
 const DOT_DOT: u64 = 2;
 
@@ -126,6 +132,8 @@ impl Shared {
             Ok(dots) => dots,
             Err(error) => return answer.fail(&error),
         };
+        // A page without attributes is here for those who do not want them.
+        let rest = if L::PLUS && !page.plus { &[] } else { &page.entries[page.next..] };
         let mut told = 0;
         // Before it is looked how long names may be believed, and again when they are on their way.
         let listing = || {
@@ -135,7 +143,7 @@ impl Shared {
         };
         listing();
         let sent = answer.send(|mut reply| {
-            told = self.fill(&mut reply, dir, &page, &dots);
+            told = self.fill(&mut reply, dir, rest, &dots);
             listing();
             reply.ok();
         });
@@ -154,8 +162,17 @@ impl Shared {
         if position != 0 && (page.plus || !L::PLUS) && page.seek(cookie) {
             return Ok(());
         }
-        let plus = L::PLUS || page.looks;
-        let fetched = self.client.read_dir(&dir.cred, dir.ino, cookie, limits::DIR_PAGE_MAX, plus).await?;
+        let known = if L::PLUS && position == 0 {
+            self.client.names_listed(dir.ino, limits::DIR_PAGE_MAX)
+        } else {
+            None
+        };
+        let known = known.filter(|known| self.has_seen(dir, &known.entries));
+        let plus = known.is_none() && (L::PLUS || page.looks);
+        let fetched = match known {
+            Some(known) => known,
+            None => self.client.read_dir(&dir.cred, dir.ino, cookie, limits::DIR_PAGE_MAX, plus).await?,
+        };
         *page = Page {
             // A page without entries that is not the end would be asked for again and again.
             end: fetched.end || fetched.entries.is_empty(),
@@ -182,12 +199,24 @@ impl Shared {
         Ok(dots)
     }
 
-    /// Answers how many entries of the page were told.
+    /// Whether the kernel has most entries of a page that it could be told anything of.
+    fn has_seen(&self, dir: &Dir, entries: &[DirEntry]) -> bool {
+        let (mut seen, mut samples) = (0, 0);
+        for entry in entries.iter().step_by((entries.len() / SAMPLES).max(1)) {
+            let believed = self.inodes.believed(InodeNo(entry.ino));
+            let has_news = !believed.attr && self.client.cached_lookup(dir.ino, &entry.name).is_some();
+            samples += 1;
+            seen += u32::from(believed.name && !has_news);
+        }
+        samples > 0 && seen * 4 >= samples * 3
+    }
+
+    /// Answers how many of the entries were told.
     fn fill<L: Listing>(
         &self,
         reply: &mut L,
         dir: &Dir,
-        page: &Page,
+        entries: &[DirEntry],
         dots: &[(u64, &'static str, Attr)],
     ) -> usize {
         let mut told = 0;
@@ -206,7 +235,7 @@ impl Shared {
                 return told;
             }
         }
-        for entry in &page.entries[page.next..] {
+        for entry in entries {
             let ino = InodeNo(entry.ino);
             // Counted before it is looked how long it may be believed, and before the kernel can forget it.
             if L::PLUS {
@@ -249,7 +278,11 @@ impl Shared {
     /// it does not believe any more is shown and looked up again when it is used.
     fn entry_attr(&self, dir: &Dir, entry: &DirEntry) -> Option<(Attr, Duration)> {
         match self.client.cached_lookup(dir.ino, &entry.name) {
-            Some(Ok((attr, left))) if attr.ino == entry.ino => Some((attr, self.as_kernel_can(left))),
+            Some(Ok((attr, left))) if attr.ino == entry.ino => {
+                let left = self.as_kernel_can(left);
+                self.inodes.told(InodeNo(attr.ino), left, left);
+                Some((attr, left))
+            }
             _ => entry.attr.map(|attr| (self.client.listed(attr), Duration::ZERO)),
         }
     }

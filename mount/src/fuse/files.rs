@@ -96,6 +96,7 @@ impl Shared {
                 let ttl = self.ttl(&made.attr).min(self.name_ttl(parent, &name));
                 // As with a link: what was there before, the kernel may know better by now.
                 let ttl = if made.created { ttl } else { Duration::ZERO };
+                self.inodes.told(ino, ttl, ttl);
                 let generation = Generation(made.attr.generation);
                 if !answer.send(|reply| reply.created(&ttl, &shown, generation, handle, how)) {
                     self.inodes.forget(ino, 1);

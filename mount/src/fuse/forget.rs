@@ -152,6 +152,7 @@ impl Shared {
         let (Some(kernel), Ok(node)) = (self.kernel.get(), self.inodes.node(ino)) else { return };
         let Some(known) = self.inodes.known(ino) else { return };
         let began = Instant::now();
+        self.inodes.attr_dropped(ino);
         while self.told(kernel.forget_attr(node)) == Some(Told::Unknown) {
             if self.inodes.known(ino).is_none() || began.elapsed() > ON_ITS_WAY {
                 break;
@@ -171,6 +172,7 @@ impl Shared {
         if let Some(left) = listed.and_then(|at| LISTING.checked_sub(at.elapsed())) {
             tokio::time::sleep(left).await;
         }
+        self.inodes.names_dropped();
         if kernel.epochs {
             self.told(kernel.forget_names().map(|()| Told::Done));
         } else {

@@ -62,8 +62,8 @@ impl Filesystem for Dfs {
                 Some(known) => known,
                 None => {
                     // The kernel asks for attributes if it wants them, and only then.
-                    if let Some(attr) = client.known_name(parent, &child) {
-                        return answer.entry(&fs, Ok(attr), Duration::ZERO);
+                    if let Some((attr, ttl)) = client.known_name(parent, &child) {
+                        return answer.entry(&fs, Ok(attr), ttl);
                     }
                     let found = client.lookup(&caller.cred(), parent, &child).await;
                     match client.cached_lookup(parent, &child) {
@@ -77,7 +77,7 @@ impl Filesystem for Dfs {
                 Ok((attr, ttl)) => answer.entry(&fs, Ok(attr), ttl),
                 Err(error) if error.code == ErrorCode::ErrorNotFound && fresh => {
                     match client.cached_absence(parent, &child) {
-                        Some(ttl) => answer.absent(&ttl),
+                        Some(ttl) => answer.absent(&fs.as_kernel_can(ttl)),
                         None => answer.fail(&error),
                     }
                 }
