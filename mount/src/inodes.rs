@@ -105,7 +105,9 @@ impl Inodes {
         if let Some(known) = self.shard(ino).get_mut(&ino) {
             let elapsed = self.began.elapsed();
             let until = |ttl: Duration| u32::try_from((elapsed + ttl).as_secs()).unwrap_or(u32::MAX);
-            (known.name, known.epoch, known.attr) = (until(name), epoch, until(attr));
+            // Another name of it may be believed for longer.
+            let before = if known.epoch == epoch { known.name } else { 0 };
+            (known.name, known.epoch, known.attr) = (until(name).max(before), epoch, until(attr));
         }
     }
 
@@ -118,6 +120,14 @@ impl Inodes {
             name: known.name > soon && known.epoch == epoch,
             attr: known.attr > soon,
         })
+    }
+
+    /// Whether the kernel may believe a name of an inode.
+    #[must_use]
+    pub fn is_named(&self, ino: InodeNo) -> bool {
+        let epoch = self.epoch.load(Ordering::SeqCst);
+        let now = u32::try_from(self.began.elapsed().as_secs()).unwrap_or(u32::MAX);
+        self.shard(ino).get(&ino).is_some_and(|known| known.name >= now && known.epoch == epoch)
     }
 
     /// The kernel is about to forget the attributes of an inode.
@@ -225,7 +235,10 @@ mod tests {
         inodes.told(INO, long, Duration::ZERO);
         assert_eq!(inodes.believed(INO), Believed { name: true, attr: false });
         inodes.told(INO, Duration::ZERO, long);
-        assert_eq!(inodes.believed(INO), Believed { name: false, attr: true });
+        assert_eq!(inodes.believed(INO), all, "under another name");
+        assert!(inodes.is_named(INO));
+        inodes.names_dropped();
+        assert!(!inodes.is_named(INO));
     }
 
     #[test]

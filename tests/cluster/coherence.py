@@ -300,6 +300,33 @@ class Races(Base):
         self.assertLess(max(answer[0] for answer in answers), 2)
         self.assertEqual(sorted(os.listdir(self.dirs[0])), sorted(os.listdir(self.dirs[1])))
 
+    def test_a_new_owner_may_at_once_and_an_old_one_may_not(self):
+        """The kernel decides by the owner that it has: it must not have an old one, also if nobody looked at the file since."""
+        names = ["own%d" % number for number in range(20)]
+        for name in names:
+            with open(self.at(0, name), "wb"):
+                pass
+
+        def work(user, expected):
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
+            for name in names:
+                try:
+                    os.utime(self.at(1, name), (1, 1))
+                    code = 0
+                except OSError as error:
+                    code = error.errno
+                if code != expected:
+                    raise AssertionError(f"{name}: errno {code}, not {expected}")
+
+        for owner, code in [(1234, 0), (0, errno.EPERM), (1234, 0)]:
+            for entry in os.scandir(self.dirs[1]):
+                entry.stat()
+            for name in names:
+                os.chown(self.at(0, name), owner, owner)
+            processes(work, [(1234, code)])
+
     def test_locks_exclude_across_mounts(self):
         with open(self.at(0, "n"), "wb") as file:
             file.write(b"0")

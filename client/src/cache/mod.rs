@@ -142,6 +142,9 @@ impl Cache {
         let term = self.term_of(ticket, ino);
         if !self.overtaken(ticket.taken, ino) {
             self.insert_attr(attr, term);
+        } else if self.last_attr(ino).is_some_and(|known| known.version < attr.version) {
+            // Not to be believed, but later than what is known: that never goes back.
+            self.insert_attr(attr, None);
         }
     }
 

@@ -41,17 +41,13 @@ impl Client {
         }
     }
 
-    /// The inode that a name is known to stand for, and for how long that may be believed; with its attributes as they were
-    /// last known, which are not to be.
+    /// The inode that a name is known to stand for, with its attributes as they were last known: they are not to be believed.
+    /// For root only, to whom owner and mode mean nothing.
     #[must_use]
-    pub fn known_name(&self, parent: InodeNo, name: &[u8]) -> Option<(Attr, Duration)> {
-        let (ino, left) = self.inner.cache.name(parent, name)?;
-        Some((self.last_known(ino?)?, left))
-    }
-
-    /// The attributes of an inode as they were last known, which are not to be believed.
-    pub(super) fn last_known(&self, ino: InodeNo) -> Option<Attr> {
-        self.inner.cache.last_attr(ino).map(|attr| self.inner.overlaid(attr))
+    pub fn known_name(&self, parent: InodeNo, name: &[u8]) -> Option<Attr> {
+        let (ino, _) = self.inner.cache.name(parent, name)?;
+        let attr = self.inner.cache.last_attr(ino?).filter(|_| !self.inner.session.squashes_root())?;
+        Some(self.inner.overlaid(attr))
     }
 
     /// Attributes from a directory's page with what this client knows better.

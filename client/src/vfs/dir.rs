@@ -4,10 +4,6 @@ use super::{Client, unexpected};
 use dfs_proto::v1::{self, Cred, answer, query};
 use dfs_proto::{FsResult, InodeNo, limits};
 
-/// So many entries of a page are shown with attributes that are not believed, and asked for one by one if somebody wants
-/// them, before the whole page is asked for again.
-const STRANGERS: usize = 4;
-
 impl Client {
     /// The entries that follow `cookie` (0: from the start), at most `max` of them; with `plus` each with its attributes.
     ///
@@ -60,7 +56,7 @@ impl Client {
         self.known_page(dir, 0, max, false)
     }
 
-    /// A page that was listed before, if the names and nearly all attributes in it are still believed.
+    /// A page that was listed before, if everything in it is still believed.
     fn known_page(&self, dir: InodeNo, cookie: u64, max: u32, plus: bool) -> Option<v1::DirPage> {
         if self.inner.session.squashes_root() {
             return None;
@@ -69,20 +65,12 @@ impl Client {
         if page.entries.len() - skip > max as usize {
             return None;
         }
-        let mut strangers = 0;
         let mut entries = Vec::with_capacity(page.entries.len() - skip);
         for entry in &page.entries[skip..] {
             let ino = InodeNo(entry.ino);
-            let attr = match plus.then(|| self.cached_attr(ino)) {
-                None => None,
-                Some(Some((attr, _))) => Some(attr),
-                Some(None) => {
-                    strangers += 1;
-                    Some(self.last_known(ino)?)
-                }
-            };
+            let attr = if plus { Some(self.cached_attr(ino)?.0) } else { None };
             entries.push(v1::DirEntry { attr, name: entry.name.clone(), ..*entry });
         }
-        (strangers <= STRANGERS).then_some(v1::DirPage { entries, end: page.end })
+        Some(v1::DirPage { entries, end: page.end })
     }
 }

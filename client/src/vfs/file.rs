@@ -241,13 +241,14 @@ impl Client {
             return inner.session.hold_later(&own_cred(), close).await;
         }
         let (data, session) = (Arc::clone(&inner.data), Arc::clone(&inner.session));
+        let files = Arc::clone(&inner.files);
         inner.background.spawn(async move {
             if let Err(error) = data.flush(ino).await {
                 tracing::warn!(%ino, %error, "the last bytes of a closed file could not be written");
                 // For the next write, flush or sync of this inode: nobody waits here who could be told.
                 data.keep_error(ino, error);
             }
-            if remains == Remains::Named {
+            if remains == Remains::Named && !files.is_open(ino) {
                 session.write_no_more(ino, || data.dirty(ino).is_none());
             }
             if let Err(error) = session.hold_later(&own_cred(), close).await {

@@ -105,7 +105,8 @@ impl Files {
     /// Counts one open less. Answers what is left.
     pub fn closed(&self, ino: InodeNo) -> Remains {
         let mut open = self.lock();
-        let Some((state, count)) = open.get_mut(&ino) else { return Remains::Nothing };
+        // Whoever is not in here has closed before.
+        let Some((state, count)) = open.get_mut(&ino) else { return Remains::Open };
         *count -= 1;
         if *count > 0 {
             return Remains::Open;
@@ -131,6 +132,11 @@ impl Files {
         if let Some((state, _)) = self.lock().get(&ino) {
             state.unlinked.store(false, Ordering::Relaxed);
         }
+    }
+
+    /// Whether an inode is open.
+    pub fn is_open(&self, ino: InodeNo) -> bool {
+        self.lock().contains_key(&ino)
     }
 
     /// Whether nothing is open.

@@ -105,6 +105,8 @@ async fn look_behind(
             Err(Unready::Hidden(ino)) => hidden = ino,
             Err(Unready::Unnoted(_)) => {}
         }
+        // Whoever changes it meanwhile gets his turn.
+        tokio::task::yield_now().await;
     }
 }
 
@@ -113,7 +115,8 @@ async fn look_when_noted(link: Arc<Link>, read: Read, mut noted: watch::Receiver
     let asked = link.term.now();
     loop {
         let left = NOTE_WAIT.saturating_sub(link.term.now().saturating_sub(asked));
-        let in_time = matches!(tokio::time::timeout(left, noted.changed()).await, Ok(Ok(())));
+        let in_time =
+            !left.is_zero() && matches!(tokio::time::timeout(left, noted.changed()).await, Ok(Ok(())));
         let patience = if in_time { Patience::ForNotes } else { Patience::Nothing };
         match look(&link, &read, None, patience) {
             Ok(shown) => return Ok(Done::Reply(leased(read.seq, shown))),

@@ -109,6 +109,11 @@ impl Answer<ReplyEntry> {
         self.told(fs, found, ttl, |attr| fs.ttl(attr));
     }
 
+    /// An inode with attributes that are not to be believed.
+    pub fn stranger(&self, fs: &Shared, attr: &Attr) {
+        self.told(fs, Ok(*attr), Duration::ZERO, |_| Duration::ZERO);
+    }
+
     fn told(&self, fs: &Shared, found: FsResult<Attr>, ttl: Duration, attr_ttl: impl Fn(&Attr) -> Duration) {
         let attr = match found {
             Ok(attr) => attr,

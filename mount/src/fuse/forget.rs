@@ -4,6 +4,8 @@
 //!   the kernel holds during our own creates: two clients would wait for each other.)
 //! * attributes: at once. An inode that is on its way to the kernel for the first time is not known there yet; it is told
 //!   again until it is, or is forgotten.
+//!   A file's names are forgotten with its attributes: looking them up brings the owner, by whom the kernel decides who may
+//!   change or remove it.
 //! * pages: the kernel waits for reads of them under way, and for writes of a part of a page. Both may wait for the very
 //!   client that waits for us: such pages, which nobody can read until the answer, are left out. A write drops its page
 //!   after its answer; a read that was left out begins again, under a lease of its own, and so brings nothing old.
@@ -161,7 +163,13 @@ impl Shared {
         }
         if known.is_dir {
             self.forget_names(kernel, ino).await;
-        } else if known.has_pages {
+        } else if kernel.epochs && self.inodes.is_named(ino) {
+            // Who may change or remove a file the kernel decides by the owner that it has, without asking again as long as it
+            // believes the name.
+            self.inodes.names_dropped();
+            self.told(kernel.forget_names().map(|()| Told::Done));
+        }
+        if known.has_pages {
             self.inodes.pages_dropped(ino);
             self.forget_pages(ino, node).await;
         }
