@@ -15,6 +15,7 @@ pub mod settings;
 pub mod vfs;
 pub mod write;
 
+pub use cache::Edition;
 pub use config::ClientConfig;
 pub use dfs_proto::v1::{self, Attr, Cred};
 pub use dfs_proto::{FsError, FsResult, InodeNo, SessionId};

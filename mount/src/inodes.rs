@@ -41,7 +41,8 @@ struct Known {
 /// What the kernel still believes of an inode without asking.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Believed {
-    pub name: bool,
+    /// Until when a name, in seconds since the mount; None: not for a second any more.
+    pub name: Option<u32>,
     pub attr: bool,
 }
 
@@ -115,9 +116,9 @@ impl Inodes {
     #[must_use]
     pub fn believed(&self, ino: InodeNo) -> Believed {
         let epoch = self.epoch.load(Ordering::SeqCst);
-        let soon = u32::try_from(self.began.elapsed().as_secs()).unwrap_or(u32::MAX).saturating_add(1);
+        let soon = self.now().saturating_add(1);
         self.shard(ino).get(&ino).map_or_else(Believed::default, |known| Believed {
-            name: known.name > soon && known.epoch == epoch,
+            name: Some(known.name).filter(|until| *until > soon && known.epoch == epoch),
             attr: known.attr > soon,
         })
     }
@@ -126,8 +127,14 @@ impl Inodes {
     #[must_use]
     pub fn is_named(&self, ino: InodeNo) -> bool {
         let epoch = self.epoch.load(Ordering::SeqCst);
-        let now = u32::try_from(self.began.elapsed().as_secs()).unwrap_or(u32::MAX);
+        let now = self.now();
         self.shard(ino).get(&ino).is_some_and(|known| known.name >= now && known.epoch == epoch)
+    }
+
+    /// Seconds since the mount.
+    #[must_use]
+    pub fn now(&self) -> u32 {
+        u32::try_from(self.began.elapsed().as_secs()).unwrap_or(u32::MAX)
     }
 
     /// The kernel is about to forget the attributes of an inode.
@@ -220,7 +227,7 @@ mod tests {
     #[test]
     fn what_the_kernel_believes_ends_with_its_time_with_the_names_and_with_the_attributes() {
         let inodes = Inodes::new(InodeNo::ROOT);
-        let (long, all) = (Duration::from_secs(18), Believed { name: true, attr: true });
+        let (long, all) = (Duration::from_secs(18), Believed { name: Some(18), attr: true });
         inodes.told(INO, long, long);
         assert_eq!(inodes.believed(INO), Believed::default(), "it does not know it");
         inodes.looked_up(INO, false);
@@ -228,12 +235,12 @@ mod tests {
         inodes.told(INO, long, long);
         assert_eq!(inodes.believed(INO), all);
         inodes.attr_dropped(INO);
-        assert_eq!(inodes.believed(INO), Believed { name: true, attr: false });
+        assert_eq!(inodes.believed(INO), Believed { attr: false, ..all });
         inodes.told(INO, long, long);
         inodes.names_dropped();
-        assert_eq!(inodes.believed(INO), Believed { name: false, attr: true });
+        assert_eq!(inodes.believed(INO), Believed { name: None, attr: true });
         inodes.told(INO, long, Duration::ZERO);
-        assert_eq!(inodes.believed(INO), Believed { name: true, attr: false });
+        assert_eq!(inodes.believed(INO), Believed { attr: false, ..all });
         inodes.told(INO, Duration::ZERO, long);
         assert_eq!(inodes.believed(INO), all, "under another name");
         assert!(inodes.is_named(INO));

@@ -17,6 +17,7 @@ mod fuse;
 mod inodes;
 mod kernel;
 mod killable;
+mod listings;
 mod mountpoint;
 mod options;
 mod procfs;

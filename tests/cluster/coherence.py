@@ -300,6 +300,47 @@ class Races(Base):
         self.assertLess(max(answer[0] for answer in answers), 2)
         self.assertEqual(sorted(os.listdir(self.dirs[0])), sorted(os.listdir(self.dirs[1])))
 
+    def test_a_listing_is_never_older_than_its_opening(self):
+        """Many list one directory, some of them slowly, while names come and go in it on both mounts."""
+        for number in range(300):
+            with open(self.at(0, "ground%03d" % number), "wb"):
+                pass
+
+        def change(mount, who):
+            rounds, end = 0, time.monotonic() + SECONDS
+            before = None
+            while time.monotonic() < end:
+                name = f"{who}.{rounds}"
+                with open(self.at(mount, name), "wb"):
+                    pass
+                if before:
+                    os.unlink(self.at(mount, before))
+                for look in (mount, 1 - mount):
+                    names = os.listdir(self.dirs[look])
+                    if name not in names or (before and before in names) or len(set(names)) != len(names):
+                        raise AssertionError(f"{name} made, {before} removed on {mount}, listed on {look}: {sorted(names)}")
+                    if sum(name.startswith("ground") for name in names) != 300:
+                        raise AssertionError("names that nobody touched are missing")
+                before, rounds = name, rounds + 1
+            return rounds
+
+        def dawdle(mount, seed):
+            chance, rounds, end = random.Random(seed), 0, time.monotonic() + SECONDS
+            while time.monotonic() < end:
+                fd = os.open(self.dirs[mount], os.O_RDONLY | os.O_DIRECTORY)
+                with os.scandir(fd) as entries:
+                    for number, _ in enumerate(entries):
+                        if number == chance.randrange(1, 300):
+                            time.sleep(chance.random() / 50)
+                os.close(fd)
+                rounds += 1
+            return rounds
+        jobs = [(change, mount, f"{mount}.{who}") for mount in range(2) for who in range(2)]
+        jobs += [(dawdle, mount, SEED + who) for mount in range(2) for who in range(2)]
+        done = processes(lambda work, *arguments: work(*arguments), jobs)
+        print(f"{sum(done[:4])} changes, {sum(done[4:])} slow listings", file=sys.stderr)
+        self.assertGreater(min(done), 0)
+
     def test_a_new_owner_may_at_once_and_an_old_one_may_not(self):
         """The kernel decides by the owner that it has: it must not have an old one, also if nobody looked at the file since."""
         names = ["own%d" % number for number in range(20)]

@@ -75,6 +75,13 @@ struct Named {
     term: Option<Term>,
 }
 
+/// What a directory's names are as of: the lease, and how many changes by this client there were.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Edition {
+    pub term: Term,
+    pub changes: u64,
+}
+
 /// A change by this client: nothing that it touches is believed before this is dropped, after its answer was learned; and for
 /// a while longer if it was not answered.
 pub struct Underway {
@@ -282,6 +289,22 @@ impl Cache {
             && !self.overtaken(kept.taken, dir)
             && !self.is_changing(dir);
         believed.then_some((kept.page, skip))
+    }
+
+    /// As of what a directory's names are now, if that can be believed.
+    #[must_use]
+    pub fn edition(&self, dir: InodeNo) -> Option<Edition> {
+        let changes = self.stamps[stamp_of(dir)].load(Ordering::SeqCst);
+        let term = self.leases.term(dir).filter(|_| !self.is_changing(dir))?;
+        Some(Edition { term, changes })
+    }
+
+    /// As of what an answer about a directory is, if it is as things are now.
+    #[must_use]
+    pub fn edition_of(&self, ticket: &Ticket, dir: InodeNo) -> Option<Edition> {
+        let edition = self.edition(dir)?;
+        let is_now = self.term_of(ticket, dir) == Some(edition.term) && !self.overtaken(ticket.taken, dir);
+        is_now.then_some(edition)
     }
 
     fn pages(&self) -> MutexGuard<'_, Pages> {

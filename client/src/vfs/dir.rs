@@ -1,6 +1,7 @@
 //! Reading directories.
 
 use super::{Client, unexpected};
+use crate::cache::Edition;
 use dfs_proto::v1::{self, Cred, answer, query};
 use dfs_proto::{FsResult, InodeNo, limits};
 
@@ -17,11 +18,29 @@ impl Client {
         max: u32,
         plus: bool,
     ) -> FsResult<v1::DirPage> {
+        self.list_dir(cred, ino, cookie, max, plus).await.map(|(page, _)| page)
+    }
+
+    /// As [`Client::read_dir`], and as of what the entries are, if that is known: as long as it is the directory's edition, they
+    /// are what an answer would show.
+    ///
+    /// # Errors
+    /// As [`Client::read_dir`].
+    pub async fn list_dir(
+        &self,
+        cred: &Cred,
+        ino: InodeNo,
+        cookie: u64,
+        max: u32,
+        plus: bool,
+    ) -> FsResult<(v1::DirPage, Option<Edition>)> {
         let cache = &self.inner.cache;
         let max = max.clamp(1, limits::DIR_PAGE_MAX);
+        // Before it is looked whether the page is believed: it is of this edition, or of a later one.
+        let edition = cache.edition(ino);
         // Whoever may list it has been found out when it was opened.
         if let Some(page) = self.known_page(ino, cookie, max, plus) {
-            return Ok(page);
+            return Ok((page, edition));
         }
         let ticket = cache.ticket();
         let question = v1::ReadDir { ino: ino.get(), cookie, max_entries: max, plus };
@@ -46,14 +65,21 @@ impl Client {
         {
             self.inner.accessed(&attr);
         }
-        Ok(page)
+        Ok((page, cache.edition_of(&ticket, ino)))
+    }
+
+    /// The edition of a directory, if it can be believed, and everybody may list what the kernel lets him.
+    #[must_use]
+    pub fn edition(&self, dir: InodeNo) -> Option<Edition> {
+        self.inner.cache.edition(dir).filter(|_| !self.inner.session.squashes_root())
     }
 
     /// The first entries of a directory that was listed before, without attributes, if they are still believed; what
     /// [`Client::read_dir`] would answer, without waiting. For whoever has opened it, and so may list it.
     #[must_use]
-    pub fn names_listed(&self, dir: InodeNo, max: u32) -> Option<v1::DirPage> {
-        self.known_page(dir, 0, max, false)
+    pub fn names_listed(&self, dir: InodeNo, max: u32) -> Option<(v1::DirPage, Option<Edition>)> {
+        let edition = self.inner.cache.edition(dir);
+        Some((self.known_page(dir, 0, max, false)?, edition))
     }
 
     /// A page that was listed before, if everything in it is still believed.

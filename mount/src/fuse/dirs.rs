@@ -11,6 +11,8 @@ use super::answer::Answer;
 use super::convert::{file_attr, file_type};
 use super::state::Shared;
 use crate::killable::Refuse;
+use crate::listings::{Listings, Reader};
+use dfs_client::Edition;
 use dfs_proto::v1::{Attr, Cred, DirEntry, Kind};
 use dfs_proto::{FsError, FsResult, InodeNo, limits};
 use fuser::{FileAttr, FileType, Generation, ReplyDirectory, ReplyDirectoryPlus};
@@ -33,6 +35,7 @@ pub struct Dir {
     /// Who opened it: reading is allowed or not as it was then, whoever reads.
     cred: Cred,
     page: Mutex<Page>,
+    reader: std::sync::Mutex<Reader>,
 }
 
 /// A piece of the directory as the master answered it.
@@ -48,6 +51,8 @@ struct Page {
     position: u64,
     /// The entries have their attributes.
     plus: bool,
+    /// As of what the entries are.
+    edition: Option<Edition>,
     /// The kernel asks for attributes beyond the beginning: it does when names have been looked up since the last piece, as
     /// `ls -l` does after every few hundred entries. What it does not ask for in between is looked up next.
     looks: bool,
@@ -70,9 +75,24 @@ impl Page {
 }
 
 impl Dir {
-    pub fn new(ino: InodeNo, cred: Cred) -> Self {
+    pub fn new(ino: InodeNo, cred: Cred, reader: Reader) -> Self {
         let nowhere = Page { position: u64::MAX, after: u64::MAX, ..Page::default() };
-        Self { ino, listed: std::sync::Mutex::default(), cred, page: Mutex::new(nowhere) }
+        Self {
+            ino,
+            listed: std::sync::Mutex::default(),
+            cred,
+            page: Mutex::new(nowhere),
+            reader: std::sync::Mutex::new(reader),
+        }
+    }
+
+    fn reader(&self) -> std::sync::MutexGuard<'_, Reader> {
+        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The kernel has closed it.
+    pub fn closes(&self, listings: &Listings) {
+        listings.closes(self.ino, &mut self.reader());
     }
 
     /// When it was last answered with attributes, if it is this directory.
@@ -124,6 +144,7 @@ impl Shared {
     /// Answers with the entries that follow `position`.
     pub async fn list<L: Listing>(&self, dir: &Dir, position: u64, answer: &Answer<L>) {
         let mut page = dir.page.lock().await;
+        self.listings.reads(dir.ino, &mut dir.reader());
         if let Err(error) = self.turn_to::<L>(dir, &mut page, position).await {
             return answer.fail(&error);
         }
@@ -142,9 +163,14 @@ impl Shared {
             }
         };
         listing();
+        self.listings.answers(dir.ino, &mut dir.reader(), page.edition);
         let sent = answer.send(|mut reply| {
             told = self.fill(&mut reply, dir, rest, &dots);
             listing();
+            if L::PLUS && position == 0 {
+                let shown = if rest.is_empty() { &page.entries[..] } else { &rest[..told] };
+                self.listings.believes(dir.ino, self.seen_until(dir, shown).unwrap_or(0));
+            }
             reply.ok();
         });
         if sent && told > 0 {
@@ -167,11 +193,11 @@ impl Shared {
         } else {
             None
         };
-        let known = known.filter(|known| self.has_seen(dir, &known.entries));
+        let known = known.filter(|(known, _)| self.seen_until(dir, &known.entries).is_some());
         let plus = known.is_none() && (L::PLUS || page.looks);
-        let fetched = match known {
+        let (fetched, edition) = match known {
             Some(known) => known,
-            None => self.client.read_dir(&dir.cred, dir.ino, cookie, limits::DIR_PAGE_MAX, plus).await?,
+            None => self.client.list_dir(&dir.cred, dir.ino, cookie, limits::DIR_PAGE_MAX, plus).await?,
         };
         *page = Page {
             // A page without entries that is not the end would be asked for again and again.
@@ -181,6 +207,7 @@ impl Shared {
             next: 0,
             position: cookie,
             plus,
+            edition,
             looks: page.looks,
         };
         Ok(())
@@ -199,16 +226,19 @@ impl Shared {
         Ok(dots)
     }
 
-    /// Whether the kernel has most entries of a page that it could be told anything of.
-    fn has_seen(&self, dir: &Dir, entries: &[DirEntry]) -> bool {
-        let (mut seen, mut samples) = (0, 0);
+    /// Until when the kernel believes most entries of a page that it could be told anything of; None: it does not.
+    fn seen_until(&self, dir: &Dir, entries: &[DirEntry]) -> Option<u32> {
+        let (mut seen, mut samples, mut all_until) = (0, 0, u32::MAX);
         for entry in entries.iter().step_by((entries.len() / SAMPLES).max(1)) {
             let believed = self.inodes.believed(InodeNo(entry.ino));
             let has_news = !believed.attr && self.client.cached_lookup(dir.ino, &entry.name).is_some();
             samples += 1;
-            seen += u32::from(believed.name && !has_news);
+            if let Some(until) = believed.name.filter(|_| !has_news) {
+                seen += 1;
+                all_until = all_until.min(until);
+            }
         }
-        samples > 0 && seen * 4 >= samples * 3
+        (seen * 4 >= samples * 3).then_some(all_until)
     }
 
     /// Answers how many of the entries were told.

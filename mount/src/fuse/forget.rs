@@ -169,7 +169,8 @@ impl Shared {
             self.inodes.names_dropped();
             self.told(kernel.forget_names().map(|()| Told::Done));
         }
-        if known.has_pages {
+        let listed = known.is_dir && self.listings.dropped(ino);
+        if known.has_pages || listed {
             self.inodes.pages_dropped(ino);
             self.forget_pages(ino, node).await;
         }

@@ -15,6 +15,7 @@ pub use ioctl::SERVER_PID;
 pub use state::Dfs;
 
 use crate::killable::Patience;
+use crate::listings::Mode;
 use answer::Caller;
 use convert::{kind_of_mode, time_change};
 use dfs_proto::limits;
@@ -402,8 +403,17 @@ impl Filesystem for Dfs {
 
     fn opendir(&self, request: &Request, node: fuser::INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         // The kernel has checked the right to read it, and the master will with every page.
-        let handle = self.0.dirs.insert(Dir::new(self.inode(node), Caller::of(request).cred()));
-        reply.opened(handle, FopenFlags::empty());
+        let (ino, fs) = (self.inode(node), &self.0);
+        let (reader, mode) = fs.listings.open(ino, fs.client.edition(ino), fs.inodes.now());
+        let handle = fs.dirs.insert(Dir::new(ino, Caller::of(request).cred(), reader));
+        reply.opened(
+            handle,
+            match mode {
+                Mode::Off => FopenFlags::empty(),
+                Mode::Fill => FopenFlags::FOPEN_CACHE_DIR,
+                Mode::Keep => FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
+            },
+        );
     }
 
     fn readdir(
@@ -446,7 +456,9 @@ impl Filesystem for Dfs {
         _flags: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        self.0.dirs.remove(handle);
+        if let Some(dir) = self.0.dirs.remove(handle) {
+            dir.closes(&self.0.listings);
+        }
         reply.ok();
     }
 

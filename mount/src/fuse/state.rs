@@ -9,6 +9,7 @@ use super::handles::Handles;
 use crate::inodes::Inodes;
 use crate::kernel::Kernel;
 use crate::killable::{Patience, Registry};
+use crate::listings::Listings;
 use crate::procfs;
 use dfs_client::Client;
 use dfs_proto::{FsResult, InodeNo, v1};
@@ -48,6 +49,7 @@ pub struct Shared {
     pub inodes: Inodes,
     pub files: Handles<File>,
     pub dirs: Handles<Dir>,
+    pub listings: Listings,
     pub registry: Arc<Registry>,
     pub runtime: Handle,
     /// Whether this kernel keeps SELinux labels.
@@ -70,6 +72,7 @@ impl Dfs {
             inodes: Inodes::new(root),
             files: Handles::default(),
             dirs: Handles::default(),
+            listings: Listings::default(),
             registry,
             runtime,
             labels: procfs::has_selinux(),
