@@ -129,7 +129,10 @@ async fn look_when_noted(link: Arc<Link>, read: Read, mut noted: watch::Receiver
 /// The attributes of an inode with what another session buffers of it. None: it does not say.
 async fn look_at_anothers(link: &Link, read: &Read, ino: InodeNo) -> Option<Answer> {
     let ReadOp::Query(query) = &read.op else { return None };
-    let asked = link.term.memory().ask(link.session, ino)?;
+    let (writer, asked, seen) = {
+        let mut memory = link.term.memory();
+        (memory.leases.writer(ino)?, memory.ask(link.session, ino)?, memory.leases.clock())
+    };
     let told = tokio::time::timeout(ASK_WAIT, asked).await.ok()?.ok()??;
     let mut answer = ask(link, &read.cred, query);
     let Some(Body::Entry(v1::Entry { attr: Some(attr), .. })) = &mut answer.body else { return None };
@@ -137,9 +140,16 @@ async fn look_at_anothers(link: &Link, read: &Read, ino: InodeNo) -> Option<Answ
     if attr.ino != ino.get() || attr.ino != told.ino {
         return None;
     }
+    let only_he = {
+        let memory = link.term.memory();
+        memory.leases.writer(ino) == Some(writer) && !memory.leases.has_changed(writer, ino, seen)
+    };
+    if !only_he {
+        return None;
+    }
     *attr = v1::Attr {
-        // What was told is of this version, whatever has been committed since.
-        version: told.version,
+        // What is committed is his, too, but he may not have heard of its version yet.
+        version: told.version.max(attr.version),
         mode: told.mode,
         uid: told.uid,
         gid: told.gid,
