@@ -11,11 +11,14 @@
 //!                    Mode::Fill                                                   Mode::Keep
 //! ```
 //!
-//! A handle that was open before a change may show what was there when it was opened, as POSIX has it.
+//! A handle that was open before a change may show what was there when it was opened, as POSIX has it, until it is rewound. A
+//! rewound one is shown the cache if the directory's times are the same and this kernel has changed nothing. So what goes into the
+//! cache is answered under a lease that is held at that moment (`fuse/dirs.rs`), and its recall has the cache dropped.
 
 use dfs_client::Edition;
 use dfs_proto::InodeNo;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Directories of which something is known; those that hold nobody up go when there are more.
@@ -47,7 +50,7 @@ pub struct Reader {
 struct Cached {
     /// Of what edition everything in the kernel's cache is; none: of several, or nobody knows.
     edition: Option<Edition>,
-    /// Counts the times that `edition` was set.
+    /// Names the time that `edition` was set.
     filling: u64,
     /// What was there before `edition` is gone.
     good: bool,
@@ -59,12 +62,23 @@ struct Cached {
 
 /// All directories.
 #[derive(Default)]
-pub struct Listings(Mutex<HashMap<InodeNo, Cached>>);
+pub struct Listings {
+    dirs: Mutex<HashMap<InodeNo, Cached>>,
+    fillings: AtomicU64,
+}
+
+impl Reader {
+    /// Whether what it is answered may come into the kernel's cache.
+    #[must_use]
+    pub fn caches(&self) -> bool {
+        self.mode != Mode::Off
+    }
+}
 
 impl Listings {
     fn lock(&self) -> MutexGuard<'_, HashMap<InodeNo, Cached>> {
         // Every change is a single step: a poisoned map is whole.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.dirs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A directory is opened while this is its edition; `now` in seconds since the mount.
@@ -80,7 +94,8 @@ impl Listings {
             true => Mode::Fill,
             false if cached.unsettled == 0 => {
                 (cached.edition, cached.good) = (Some(edition), false);
-                cached.filling += 1;
+                // Never again for another time, also when the entry is made anew.
+                cached.filling = self.fillings.fetch_add(1, Ordering::Relaxed) + 1;
                 Mode::Fill
             }
             false => Mode::Off,
@@ -120,7 +135,7 @@ impl Listings {
         }
     }
 
-    /// A handle is closed.
+    /// A handle is closed, or was not answered after all.
     pub fn closes(&self, dir: InodeNo, reader: &mut Reader) {
         if let Some(cached) = self.lock().get_mut(&dir) {
             settle(cached, reader);

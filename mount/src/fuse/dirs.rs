@@ -9,6 +9,7 @@
 
 use super::answer::Answer;
 use super::convert::{file_attr, file_type};
+use super::forget::LISTING;
 use super::state::Shared;
 use crate::killable::Refuse;
 use crate::listings::{Listings, Reader};
@@ -18,10 +19,12 @@ use dfs_proto::{FsError, FsResult, InodeNo, limits};
 use fuser::{FileAttr, FileType, Generation, ReplyDirectory, ReplyDirectoryPlus};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
+/// More entries with attributes than fit in one answer.
+const REPLY_MAX: usize = 256;
 /// Entries of a page that are looked at to tell whether the kernel has them.
 const SAMPLES: usize = 16;
 const DOT: u64 = 1;
@@ -30,7 +33,7 @@ const DOT_DOT: u64 = 2;
 /// An open directory.
 pub struct Dir {
     ino: InodeNo,
-    /// When it was last answered with attributes: the kernel makes names of that.
+    /// When it was last answered with what the kernel keeps: names, if attributes came with it, or entries.
     listed: std::sync::Mutex<Option<Instant>>,
     /// Who opened it: reading is allowed or not as it was then, whoever reads.
     cred: Cred,
@@ -142,8 +145,9 @@ impl Listing for ReplyDirectoryPlus {
 
 impl Shared {
     /// Answers with the entries that follow `position`.
-    pub async fn list<L: Listing>(&self, dir: &Dir, position: u64, answer: &Answer<L>) {
+    pub async fn list<L: Listing>(self: &Arc<Self>, dir: &Dir, position: u64, answer: &Answer<L>) {
         let mut page = dir.page.lock().await;
+        let caches = dir.reader().caches();
         self.listings.reads(dir.ino, &mut dir.reader());
         if let Err(error) = self.turn_to::<L>(dir, &mut page, position).await {
             return answer.fail(&error);
@@ -153,12 +157,15 @@ impl Shared {
             Ok(dots) => dots,
             Err(error) => return answer.fail(&error),
         };
+        if L::PLUS && page.plus {
+            self.complete(&mut page).await;
+        }
         // A page without attributes is here for those who do not want them.
         let rest = if L::PLUS && !page.plus { &[] } else { &page.entries[page.next..] };
         let mut told = 0;
         // Before it is looked how long names may be believed, and again when they are on their way.
         let listing = || {
-            if L::PLUS {
+            if L::PLUS || caches {
                 *dir.listed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
             }
         };
@@ -169,14 +176,29 @@ impl Shared {
             listing();
             if L::PLUS && position == 0 {
                 let shown = if rest.is_empty() { &page.entries[..] } else { &rest[..told] };
-                self.listings.believes(dir.ino, self.seen_until(dir, shown).unwrap_or(0));
+                let until = self.seen_until(dir, shown).filter(|_| rest.is_empty() || told > 0);
+                self.listings.believes(dir.ino, until.unwrap_or(0));
             }
             reply.ok();
         });
+        if !sent {
+            self.listings.closes(dir.ino, &mut dir.reader());
+        } else if caches && page.edition.is_none() && self.client.lease_term(dir.ino).is_none() {
+            self.drop_soon(dir.ino);
+        }
         if sent && told > 0 {
             page.next += told;
             page.position = page.entries[page.next - 1].cookie;
         }
+    }
+
+    /// Entries came without a lease, so that no recall will drop them: they are dropped as soon as they have been taken in.
+    fn drop_soon(self: &Arc<Self>, dir: InodeNo) {
+        let (fs, Ok(node)) = (Arc::clone(self), self.inodes.node(dir)) else { return };
+        self.runtime.spawn(async move {
+            tokio::time::sleep(LISTING).await;
+            fs.drop_pages(node, 0, 0).await;
+        });
     }
 
     /// Makes `page` hold what follows `position`.
@@ -185,7 +207,11 @@ impl Shared {
         let cookie = if position <= DOT_DOT { 0 } else { position };
         // Rewinding shows what is there now, not what was.
         page.looks |= L::PLUS && position != 0;
-        if position != 0 && (page.plus || !L::PLUS) && page.seek(cookie) {
+        let caches = dir.reader().caches();
+        // What the kernel keeps for others is not from before a change by anybody else.
+        let good =
+            !caches || page.edition.is_some_and(|old| self.client.lease_term(dir.ino) == Some(old.term));
+        if position != 0 && good && (page.plus || !L::PLUS) && page.seek(cookie) {
             return Ok(());
         }
         let known = if L::PLUS && position == 0 {
@@ -197,7 +223,16 @@ impl Shared {
         let plus = known.is_none() && (L::PLUS || page.looks);
         let (fetched, edition) = match known {
             Some(known) => known,
-            None => self.client.list_dir(&dir.cred, dir.ino, cookie, limits::DIR_PAGE_MAX, plus).await?,
+            None => {
+                let list = || self.client.list_dir(&dir.cred, dir.ino, cookie, limits::DIR_PAGE_MAX, plus);
+                let mut listed = list().await?;
+                if caches && listed.1.is_none() && self.client.lease_term(dir.ino).is_none() {
+                    // Others want it. In its turn it is to be had.
+                    self.client.read_lease(dir.ino).await;
+                    listed = list().await?;
+                }
+                listed
+            }
         };
         *page = Page {
             // A page without entries that is not the end would be asked for again and again.
@@ -211,6 +246,23 @@ impl Shared {
             looks: page.looks,
         };
         Ok(())
+    }
+
+    /// Gets the attributes that did not come with the next entries: their reader may list them, but not search the directory.
+    /// The kernel takes no entry without, and lets nobody see what he may not.
+    async fn complete(&self, page: &mut Page) {
+        let next = page.next;
+        for entry in page.entries.iter_mut().skip(next).take(REPLY_MAX) {
+            if entry.attr.is_none() {
+                entry.attr = self.client.getattr(InodeNo(entry.ino)).await.ok();
+            }
+        }
+        let mut at = 0;
+        page.entries.retain(|entry| {
+            at += 1;
+            // What is gone is not shown.
+            at <= next || at > next + REPLY_MAX || entry.attr.is_some()
+        });
     }
 
     /// `.` and `..`, as far as they follow `position`.

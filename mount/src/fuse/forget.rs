@@ -25,7 +25,7 @@ const PAGE: u64 = 4096;
 const ON_ITS_WAY: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_micros(200);
 /// The kernel takes in a listing after it was answered, and gives its names the epoch of then.
-const LISTING: Duration = Duration::from_millis(20);
+pub const LISTING: Duration = Duration::from_millis(20);
 /// How long dropping pages may take before it is looked which requests hold it up.
 const HELD_UP: Duration = Duration::from_millis(50);
 /// How long a kernel without epochs believes a name.
