@@ -21,6 +21,8 @@ use tokio::sync::watch;
 const OPEN_SLICES: u32 = 16;
 /// How long whoever buffers changes of an inode may take to say what it looks like; then he is to give them up.
 const ASK_WAIT: Duration = Duration::from_secs(1);
+/// How often he is asked again because more is committed than he has heard of.
+const ASKS: usize = 4;
 /// How often the state is looked at while others change what is asked about; then the question takes its turn with them.
 const LOOKS: usize = 4;
 /// Questions answered before others get a turn.
@@ -129,38 +131,34 @@ async fn look_when_noted(link: Arc<Link>, read: Read, mut noted: watch::Receiver
 /// The attributes of an inode with what another session buffers of it. None: it does not say.
 async fn look_at_anothers(link: &Link, read: &Read, ino: InodeNo) -> Option<Answer> {
     let ReadOp::Query(query) = &read.op else { return None };
-    let (writer, asked, seen) = {
-        let mut memory = link.term.memory();
-        (memory.leases.writer(ino)?, memory.ask(link.session, ino)?, memory.leases.clock())
-    };
-    let told = tokio::time::timeout(ASK_WAIT, asked).await.ok()?.ok()??;
-    let mut answer = ask(link, &read.cred, query);
-    let Some(Body::Entry(v1::Entry { attr: Some(attr), .. })) = &mut answer.body else { return None };
-    // A name that stands for something else by now is looked up in the usual way.
-    if attr.ino != ino.get() || attr.ino != told.ino {
-        return None;
+    for _ in 0..ASKS {
+        let asked = link.term.memory().ask(link.session, ino)?;
+        let told = tokio::time::timeout(ASK_WAIT, asked).await.ok()?.ok()??;
+        let mut answer = ask(link, &read.cred, query);
+        let Some(Body::Entry(v1::Entry { attr: Some(attr), .. })) = &mut answer.body else { return None };
+        // A name that stands for something else by now is looked up in the usual way.
+        if attr.ino != ino.get() || attr.ino != told.ino {
+            return None;
+        }
+        // Something is committed that he had not heard of when he answered: his own last commit, or another's change.
+        if told.version < attr.version {
+            continue;
+        }
+        *attr = v1::Attr {
+            version: told.version,
+            mode: told.mode,
+            uid: told.uid,
+            gid: told.gid,
+            size: told.size,
+            blocks: told.blocks,
+            atime: told.atime,
+            mtime: told.mtime,
+            ctime: told.ctime,
+            ..*attr
+        };
+        return Some(answer);
     }
-    let only_he = {
-        let memory = link.term.memory();
-        memory.leases.writer(ino) == Some(writer) && !memory.leases.has_changed(writer, ino, seen)
-    };
-    if !only_he {
-        return None;
-    }
-    *attr = v1::Attr {
-        // What is committed is his, too, but he may not have heard of its version yet.
-        version: told.version.max(attr.version),
-        mode: told.mode,
-        uid: told.uid,
-        gid: told.gid,
-        size: told.size,
-        blocks: told.blocks,
-        atime: told.atime,
-        mtime: told.mtime,
-        ctime: told.ctime,
-        ..*attr
-    };
-    Some(answer)
+    None
 }
 
 /// Answers a question or a hold from the applied state.
