@@ -98,7 +98,7 @@ impl Dir {
         listings.closes(self.ino, &mut self.reader());
     }
 
-    /// When it was last answered with attributes, if it is this directory.
+    /// When it was last answered with what the kernel keeps, if it is this directory.
     pub fn listed(&self, dir: InodeNo) -> Option<Instant> {
         let listed = *self.listed.lock().unwrap_or_else(PoisonError::into_inner);
         listed.filter(|_| self.ino == dir)
@@ -252,6 +252,9 @@ impl Shared {
     /// The kernel takes no entry without, and lets nobody see what he may not.
     async fn complete(&self, page: &mut Page) {
         let next = page.next;
+        if page.entries.iter().skip(next).take(REPLY_MAX).all(|entry| entry.attr.is_some()) {
+            return;
+        }
         for entry in page.entries.iter_mut().skip(next).take(REPLY_MAX) {
             if entry.attr.is_none() {
                 entry.attr = self.client.getattr(InodeNo(entry.ino)).await.ok();
