@@ -6,6 +6,7 @@
 //!      └──┘ the next master, or the leader that one names; 50 ms to 1 s between attempts
 //! ```
 
+use crate::copy::Copier;
 use crate::identity::Terms;
 use crate::store::Store;
 use crate::store::orders::Settled;
@@ -42,6 +43,7 @@ pub struct NodeInfo {
 pub struct Control {
     pub env: Env,
     pub store: Store,
+    pub copier: Arc<Copier>,
     pub key: ClusterKey,
     pub masters: Vec<String>,
     pub info: NodeInfo,
@@ -193,11 +195,26 @@ impl Control {
         while let Some(part) = parts.next() {
             send(frames, report(part, parts.peek().is_none())).await?;
         }
+        let mut failed = self.store.0.dirs.failed();
         let mut beats = tokio::time::interval(every);
         beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         for seq in 1_u64.. {
-            beats.tick().await;
+            loop {
+                tokio::select! {
+                    _ = beats.tick() => break,
+                    rotten = self.store.rotten() => send(frames, report(&rotten, false)).await?,
+                }
+            }
             send(frames, self.heartbeat(seq).await).await?;
+            // What stands in a directory that has failed cannot be relied on any more.
+            let now_failed = self.store.0.dirs.failed();
+            if now_failed != failed {
+                failed = now_failed;
+                let damaged: Vec<_> = self.store.report().into_iter().filter(|found| found.damaged).collect();
+                for part in damaged.chunks(REPORT_CHUNKS) {
+                    send(frames, report(part, false)).await?;
+                }
+            }
         }
         Err(FsError::new(ErrorCode::ErrorIo, "no more heartbeat numbers"))
     }
@@ -266,6 +283,7 @@ impl Control {
             Some(v1::order::Op::Fence(fence)) => fence.chunk,
             Some(v1::order::Op::Seal(seal)) => seal.chunk,
             Some(v1::order::Op::Delete(delete)) => delete.chunk,
+            Some(v1::order::Op::Copy(copy)) => copy.chunk,
             None => 0,
         };
         match self.obey(order).await {
@@ -293,6 +311,7 @@ impl Control {
                 (seal.chunk, ChunkOrder::Seal { epoch: Epoch(seal.epoch), length: seal.length })
             }
             Some(Op::Delete(delete)) => (delete.chunk, ChunkOrder::Delete),
+            Some(Op::Copy(copy)) => return self.copier.copy(copy).await,
             None => {
                 return Err(FsError::new(
                     ErrorCode::ErrorNotSupported,

@@ -5,6 +5,7 @@
 
 pub mod config;
 mod control;
+mod copy;
 mod identity;
 mod replica;
 mod server;
@@ -14,6 +15,7 @@ pub use config::Config;
 pub use identity::StartError;
 
 use control::{Control, NodeInfo};
+use copy::Copier;
 use dfs_env::Env;
 use dfs_env::rpc::{self, Tuning};
 use dfs_proto::limits::MESSAGE_MAX;
@@ -101,7 +103,8 @@ impl Daemon {
             rack: config.rack,
         };
         let (masters, terms) = (config.masters, Arc::new(claim.terms));
-        let control = Control { env, store: store.clone(), key, masters, info, terms };
+        let copier = Arc::new(Copier::new(env.clone(), store.clone(), key.clone()));
+        let control = Control { env, store: store.clone(), copier, key, masters, info, terms };
         let tasks = vec![
             tokio::spawn(async move {
                 if let Err(error) = serving.await {

@@ -39,6 +39,8 @@ pub struct Config {
     pub session_ttl_ms: u64,
     /// Networks of clients whose root is nobody.
     pub root_squash: Vec<IpNet>,
+    /// Bytes a second that each chunk daemon copies at most to make replicas; 0: no limit.
+    pub repair_bandwidth: u64,
     /// How often a leader shows itself, and after how long a silence at least others want to lead (at most twice that).
     pub raft_heartbeat_ms: u64,
     pub raft_election_ms: u64,
@@ -74,6 +76,8 @@ struct File {
     session_ttl_s: u64,
     #[serde(default)]
     root_squash: Vec<IpNet>,
+    #[serde(default = "repair_bandwidth")]
+    repair_bandwidth: ByteSize,
     #[serde(default = "raft_heartbeat_ms")]
     raft_heartbeat_ms: u64,
     #[serde(default = "raft_election_ms")]
@@ -95,6 +99,9 @@ const fn chunk_size() -> ByteSize {
 }
 const fn state_cache() -> ByteSize {
     ByteSize(256 << 20)
+}
+const fn repair_bandwidth() -> ByteSize {
+    ByteSize(limits::REPAIR_BANDWIDTH)
 }
 const fn snapshot_every() -> u64 {
     50_000
@@ -129,6 +136,7 @@ impl Config {
             snapshot_every_entries: snapshot_every(),
             session_ttl_ms: session_ttl_s() * 1000,
             root_squash: Vec::new(),
+            repair_bandwidth: repair_bandwidth().get(),
             raft_heartbeat_ms: raft_heartbeat_ms(),
             raft_election_ms: raft_election_ms(),
             storage: Storage::Disk,
@@ -249,6 +257,7 @@ impl File {
             snapshot_every_entries: self.snapshot_every,
             session_ttl_ms: ttl.ok_or_else(|| ConfigError("session_ttl_s is too large".to_owned()))?,
             root_squash: self.root_squash.into_iter().map(canonical).collect(),
+            repair_bandwidth: self.repair_bandwidth.get(),
             raft_heartbeat_ms: self.raft_heartbeat_ms,
             raft_election_ms: self.raft_election_ms,
             storage: Storage::Disk,

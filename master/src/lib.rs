@@ -8,6 +8,7 @@ pub mod config;
 pub mod leases;
 pub mod placement;
 pub mod raft;
+pub mod repair;
 pub mod seal;
 pub mod server;
 pub mod state;
@@ -54,6 +55,7 @@ pub async fn start(env: Env, config: Config) -> Result<Master, StartError> {
         chunk_size: config.chunk_size,
         session_ttl: Duration::from_millis(config.session_ttl_ms),
         root_squash: config.root_squash,
+        repair_bandwidth: config.repair_bandwidth,
     };
     let shared = Shared::new(env, Arc::clone(&node), config.key, address.clone(), settings);
     let (stop, stopped) = oneshot::channel();

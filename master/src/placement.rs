@@ -1,8 +1,9 @@
-//! Where the replicas of a new chunk go.
+//! Where replicas go.
 //!
-//! Replicas go to distinct hosts as long as there are any, then to distinct daemons; among those to a random one,
-//! weighted by free space, so that a new daemon fills faster without taking every write at once. Suspect and dead
-//! daemons get nothing; one that is merely doubted gets something only when there would be too few replicas without it.
+//! Replicas go to distinct racks as long as there are any, then to distinct hosts, then to distinct daemons; among those
+//! to a random one, weighted by free space, so that a new daemon fills faster without taking every write at once. Suspect
+//! and dead daemons and those that are drained get nothing; one that is merely doubted gets something only when there
+//! would be too few replicas without it.
 //! With fewer daemons than wanted a chunk gets as many replicas as there are.
 
 use dfs_proto::limits::RECORD_MAX;
@@ -30,13 +31,31 @@ impl Health {
     }
 }
 
+/// What may fail together.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Domain {
+    pub host: String,
+    /// Empty: of no rack in particular.
+    pub rack: String,
+}
+
 /// A daemon as placement sees it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Candidate {
     pub node: NodeId,
-    pub host: String,
+    pub domain: Domain,
     pub free: ByteLen,
+    pub total: ByteLen,
     pub health: Health,
+    pub draining: bool,
+}
+
+impl Candidate {
+    /// Whether it takes new replicas.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.health <= Health::Doubted && !self.draining
+    }
 }
 
 /// Why there is no place.
@@ -50,32 +69,34 @@ pub enum NoPlace {
 
 /// Chooses daemons.
 pub trait Placement: Send + Sync + 'static {
-    /// Distinct daemons for one chunk's replicas: at least one, at most `replicas`, the first to be written first.
-    /// `random` is asked for each choice.
+    /// Distinct daemons for `replicas` more replicas of one chunk: at least one, the first to be written first. `beside`:
+    /// where it has replicas that stay; their daemons are no candidates. `random` is asked for each choice.
     ///
     /// # Errors
     /// When no daemon is up, or none has space.
     fn place(
         &self,
         candidates: &[Candidate],
+        beside: &[Domain],
         replicas: usize,
         capacity: ByteLen,
         random: &mut dyn FnMut() -> u64,
     ) -> Result<Vec<NodeId>, NoPlace>;
 }
 
-/// Distinct hosts first, weighted by free space.
-pub struct SpreadByHost;
+/// Distinct racks first, then distinct hosts, weighted by free space.
+pub struct Spread;
 
-impl Placement for SpreadByHost {
+impl Placement for Spread {
     fn place(
         &self,
         candidates: &[Candidate],
+        beside: &[Domain],
         replicas: usize,
         capacity: ByteLen,
         random: &mut dyn FnMut() -> u64,
     ) -> Result<Vec<NodeId>, NoPlace> {
-        let mut up: Vec<&Candidate> = candidates.iter().filter(|c| c.health <= Health::Doubted).collect();
+        let mut up: Vec<&Candidate> = candidates.iter().filter(|c| c.is_open()).collect();
         if up.is_empty() {
             return Err(NoPlace::NoNodes);
         }
@@ -88,15 +109,20 @@ impl Placement for SpreadByHost {
         }
         let mut chosen: Vec<&Candidate> = Vec::with_capacity(replicas);
         while chosen.len() < replicas.max(1) && !up.is_empty() {
-            let fresh = |at: &usize| chosen.iter().all(|c| c.host != up[*at].host);
+            let taken: Vec<&Domain> = beside.iter().chain(chosen.iter().map(|c| &c.domain)).collect();
+            let host = |at: &usize| taken.iter().all(|domain| domain.host != up[*at].domain.host);
+            let rack = |at: &usize| taken.iter().all(|domain| domain.rack != up[*at].domain.rack);
             let trusted = |at: &usize| up[*at].health == Health::Up;
-            let choices = [
-                (0..up.len()).filter(|at| trusted(at) && fresh(at)).collect::<Vec<_>>(),
-                (0..up.len()).filter(trusted).collect(),
-                (0..up.len()).filter(fresh).collect(),
-                (0..up.len()).collect(),
+            let choices: [&dyn Fn(&usize) -> bool; 6] = [
+                &|at| trusted(at) && host(at) && rack(at),
+                &|at| trusted(at) && host(at),
+                &trusted,
+                &|at| host(at) && rack(at),
+                &host,
+                &|_| true,
             ];
-            let Some(pool) = choices.into_iter().find(|pool| !pool.is_empty()) else { break };
+            let pools = choices.into_iter().map(|fits| (0..up.len()).filter(fits).collect::<Vec<_>>());
+            let Some(pool) = pools.into_iter().find(|pool| !pool.is_empty()) else { break };
             let at = weighted(&pool, |at| up[at].free.get(), random());
             chosen.push(up.remove(at));
         }
@@ -130,7 +156,13 @@ mod tests {
     use std::collections::BTreeSet;
 
     fn candidate(node: u64, host: &str, free: u64, health: Health) -> Candidate {
-        Candidate { node: NodeId(node), host: host.to_owned(), free: ByteLen(free), health }
+        let domain = Domain { host: host.to_owned(), rack: String::new() };
+        let (free, total, draining) = (ByteLen(free), ByteLen(100 * GIB), false);
+        Candidate { node: NodeId(node), domain, free, total, health, draining }
+    }
+
+    fn place(nodes: &[Candidate], replicas: usize, seed: u64) -> Result<Vec<NodeId>, NoPlace> {
+        Spread.place(nodes, &[], replicas, CHUNK, &mut numbers(seed))
     }
 
     fn numbers(seed: u64) -> impl FnMut() -> u64 {
@@ -156,11 +188,33 @@ mod tests {
             candidate(3, "b", GIB, Health::Up),
         ];
         for seed in 0..100 {
-            let two = SpreadByHost.place(&nodes, 2, CHUNK, &mut numbers(seed)).expect("there is space");
+            let two = place(&nodes, 2, seed).expect("there is space");
             assert!(two.contains(&NodeId(3)), "{two:?}");
-            let three = SpreadByHost.place(&nodes, 3, CHUNK, &mut numbers(seed)).expect("there is space");
+            let three = place(&nodes, 3, seed).expect("there is space");
             assert_eq!(three.len(), 3);
         }
+    }
+
+    #[test]
+    fn racks_come_before_hosts_and_replicas_that_stay_count() {
+        let mut nodes: Vec<Candidate> = ["a", "b", "c", "d"]
+            .iter()
+            .zip(1..)
+            .map(|(host, node)| candidate(node, host, GIB, Health::Up))
+            .collect();
+        for (node, rack) in nodes.iter_mut().zip(["left", "left", "left", "right"]) {
+            rack.clone_into(&mut node.domain.rack);
+        }
+        for seed in 0..50 {
+            assert!(place(&nodes, 2, seed).expect("there is space").contains(&NodeId(4)));
+            let one = Spread.place(&nodes[..3], &[nodes[3].domain.clone()], 1, CHUNK, &mut numbers(seed));
+            assert!(one.is_ok(), "the other rack");
+            let beside = [nodes[0].domain.clone(), nodes[3].domain.clone()];
+            let third = Spread.place(&nodes[1..3], &beside, 1, CHUNK, &mut numbers(seed)).expect("a place");
+            assert!([NodeId(2), NodeId(3)].contains(&third[0]));
+        }
+        nodes[3].draining = true;
+        assert!(!place(&nodes, 4, 1).expect("there is space").contains(&NodeId(4)), "it is drained");
     }
 
     #[test]
@@ -170,8 +224,8 @@ mod tests {
             candidate(2, "b", GIB, Health::Dead),
             candidate(3, "c", GIB, Health::Up),
         ];
-        assert_eq!(SpreadByHost.place(&nodes, 3, CHUNK, &mut numbers(1)), Ok(vec![NodeId(3)]));
-        assert_eq!(SpreadByHost.place(&nodes[..2], 3, CHUNK, &mut numbers(1)), Err(NoPlace::NoNodes));
+        assert_eq!(place(&nodes, 3, 1), Ok(vec![NodeId(3)]));
+        assert_eq!(place(&nodes[..2], 3, 1), Err(NoPlace::NoNodes));
     }
 
     #[test]
@@ -182,25 +236,25 @@ mod tests {
             candidate(3, "c", GIB, Health::Up),
         ];
         for seed in 0..50 {
-            let two = SpreadByHost.place(&nodes, 2, CHUNK, &mut numbers(seed)).expect("there is space");
+            let two = place(&nodes, 2, seed).expect("there is space");
             assert!(!two.contains(&NodeId(2)), "{two:?}");
-            let three = SpreadByHost.place(&nodes, 3, CHUNK, &mut numbers(seed)).expect("there is space");
+            let three = place(&nodes, 3, seed).expect("there is space");
             assert_eq!(three[2], NodeId(2), "last, so that it leads no chain");
         }
         nodes.truncate(2);
         nodes[0].health = Health::Dead;
-        assert_eq!(SpreadByHost.place(&nodes, 3, CHUNK, &mut numbers(1)), Ok(vec![NodeId(2)]));
+        assert_eq!(place(&nodes, 3, 1), Ok(vec![NodeId(2)]));
     }
 
     #[test]
     fn full_daemons_get_nothing_and_empty_ones_get_more() {
         let full = [candidate(1, "a", 0, Health::Up), candidate(2, "b", 1000, Health::Up)];
-        assert_eq!(SpreadByHost.place(&full, 2, CHUNK, &mut numbers(1)), Err(NoPlace::Full));
-        assert_eq!(SpreadByHost.place(&full, 2, ByteLen(8), &mut numbers(1)), Ok(vec![NodeId(2)]));
+        assert_eq!(place(&full, 2, 1), Err(NoPlace::Full));
+        assert_eq!(Spread.place(&full, &[], 2, ByteLen(8), &mut numbers(1)), Ok(vec![NodeId(2)]));
         let nodes = [candidate(1, "a", 30 * GIB, Health::Up), candidate(2, "b", 10 * GIB, Health::Up)];
         let mut random = numbers(7);
         let first = (0..1000)
-            .filter(|_| SpreadByHost.place(&nodes, 1, CHUNK, &mut random) == Ok(vec![NodeId(1)]))
+            .filter(|_| Spread.place(&nodes, &[], 1, CHUNK, &mut random) == Ok(vec![NodeId(1)]))
             .count();
         assert!((700..800).contains(&first), "{first} of 1000");
     }
@@ -218,15 +272,15 @@ mod tests {
             }).collect();
             let usable: Vec<&Candidate> = nodes.iter()
                 .filter(|c| c.health == Health::Up && c.free.get() >= 1 << 20).collect();
-            match SpreadByHost.place(&nodes, replicas, CHUNK, &mut numbers(seed)) {
+            match place(&nodes, replicas, seed) {
                 Err(_) => prop_assert!(usable.is_empty()),
                 Ok(places) => {
                     let distinct: BTreeSet<NodeId> = places.iter().copied().collect();
                     prop_assert_eq!(distinct.len(), places.len());
                     prop_assert_eq!(places.len(), replicas.min(usable.len()));
-                    let host = |node: &NodeId| usable.iter().find(|c| c.node == *node).map(|c| &c.host);
+                    let host = |node: &NodeId| usable.iter().find(|c| c.node == *node).map(|c| &c.domain.host);
                     prop_assert!(places.iter().all(|node| host(node).is_some()));
-                    let hosts: BTreeSet<_> = usable.iter().map(|c| &c.host).collect();
+                    let hosts: BTreeSet<_> = usable.iter().map(|c| &c.domain.host).collect();
                     let used: BTreeSet<_> = places.iter().filter_map(host).collect();
                     prop_assert_eq!(used.len(), replicas.min(hosts.len()));
                 }

@@ -88,6 +88,12 @@ impl Sealing {
         (sealing, action)
     }
 
+    /// The replicas that are not among `nodes`.
+    #[must_use]
+    pub fn given_up(&self, nodes: &[NodeId]) -> Vec<NodeId> {
+        self.chunk.nodes.iter().copied().map(NodeId).filter(|node| !nodes.contains(node)).collect()
+    }
+
     /// Takes one event and says what follows. Events that do not fit the step are late answers: they change nothing.
     pub fn on(&mut self, event: Event) -> Action {
         match (&mut self.step, event) {

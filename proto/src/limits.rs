@@ -121,6 +121,17 @@ pub const INDEX_ENTRIES: usize = 1 << 20;
 pub const FORWARD_REQUESTS: usize = 1024;
 pub const FORWARD_PROGRESS_MS: u64 = APPEND_PROGRESS_MS * 9 / 10;
 pub const FORWARD_IDLE_MS: u64 = 60_000;
+/// About how many payload bytes one message of a copy carries, how long its source may say nothing, and for how long the
+/// token is good that a daemon shows another.
+pub const FETCH_BYTES: u64 = 1 << 20;
+pub const FETCH_PROGRESS_MS: u64 = 10_000;
+pub const FETCH_TOKEN_MS: u64 = 600_000;
+/// How many copies a daemon makes at once; how long one may take at least, and besides for each so many bytes a second.
+pub const COPIES_PER_NODE: usize = 2;
+pub const COPY_WAIT_MS: u64 = 60_000;
+pub const SLOWEST_COPY: u64 = 1 << 20;
+/// Bytes that each daemon copies in a second at most to make up for lost replicas (setting; 0: no limit).
+pub const REPAIR_BANDWIDTH: u64 = 200 << 20;
 /// The most chunks in one report and orders carried out at once.
 pub const REPORT_CHUNKS: usize = 4096;
 pub const ORDERS_AT_ONCE: usize = 64;

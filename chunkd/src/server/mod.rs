@@ -1,6 +1,7 @@
 //! What clients and other daemons ask: thin, decode, check, act, reply.
 
 mod append;
+mod fetch;
 mod read;
 
 use crate::lock;
@@ -73,6 +74,7 @@ pub(crate) struct ChunkService(pub Arc<Context>);
 impl v1::chunk_server::Chunk for ChunkService {
     type AppendStream = ReceiverStream<Result<v1::AppendReply, Status>>;
     type ReadStream = ReceiverStream<Result<v1::ReadReply, Status>>;
+    type FetchStream = ReceiverStream<Result<v1::FetchReply, Status>>;
 
     async fn append(
         &self,
@@ -89,6 +91,13 @@ impl v1::chunk_server::Chunk for ChunkService {
     ) -> Result<Response<Self::ReadStream>, Status> {
         let (replies, outgoing) = mpsc::channel(dfs_proto::limits::READ_STREAM_REQUESTS);
         tokio::spawn(read::serve(Arc::clone(&self.0), request.into_inner(), replies));
+        Ok(Response::new(ReceiverStream::new(outgoing)))
+    }
+
+    async fn fetch(&self, request: Request<v1::FetchRequest>) -> Result<Response<Self::FetchStream>, Status> {
+        // One message is on its way while the next one is read from the disk.
+        let (replies, outgoing) = mpsc::channel(1);
+        tokio::spawn(fetch::serve(Arc::clone(&self.0), request.into_inner(), replies));
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 }

@@ -9,14 +9,17 @@ use lru::LruCache;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex};
 
+/// A chunk's file: the chunk, and which of those that have stood in its place.
+pub type FileId = (ChunkId, u64);
+
 /// Open files and indexes, the least recently used go first.
 pub struct Cache {
-    files: Mutex<LruCache<ChunkId, Arc<dyn DiskFile>>>,
+    files: Mutex<LruCache<FileId, Arc<dyn DiskFile>>>,
     indexes: Mutex<Indexes>,
 }
 
 struct Indexes {
-    by_chunk: LruCache<ChunkId, Arc<Vec<Entry>>>,
+    by_file: LruCache<FileId, Arc<Vec<Entry>>>,
     entries: usize,
 }
 
@@ -30,43 +33,43 @@ impl Default for Cache {
         let open = NonZeroUsize::new(OPEN_FILES).expect("not zero");
         Self {
             files: Mutex::new(LruCache::new(open)),
-            indexes: Mutex::new(Indexes { by_chunk: LruCache::unbounded(), entries: 0 }),
+            indexes: Mutex::new(Indexes { by_file: LruCache::unbounded(), entries: 0 }),
         }
     }
 }
 
 impl Cache {
     #[must_use]
-    pub fn file(&self, chunk: ChunkId) -> Option<Arc<dyn DiskFile>> {
-        lock(&self.files).get(&chunk).cloned()
+    pub fn file(&self, id: FileId) -> Option<Arc<dyn DiskFile>> {
+        lock(&self.files).get(&id).cloned()
     }
 
-    pub fn keep_file(&self, chunk: ChunkId, file: Arc<dyn DiskFile>) {
-        lock(&self.files).put(chunk, file);
+    pub fn keep_file(&self, id: FileId, file: Arc<dyn DiskFile>) {
+        lock(&self.files).put(id, file);
     }
 
     #[must_use]
-    pub fn index(&self, chunk: ChunkId) -> Option<Arc<Vec<Entry>>> {
-        lock(&self.indexes).by_chunk.get(&chunk).cloned()
+    pub fn index(&self, id: FileId) -> Option<Arc<Vec<Entry>>> {
+        lock(&self.indexes).by_file.get(&id).cloned()
     }
 
-    pub fn keep_index(&self, chunk: ChunkId, index: Arc<Vec<Entry>>) {
+    pub fn keep_index(&self, id: FileId, index: Arc<Vec<Entry>>) {
         let mut indexes = lock(&self.indexes);
         indexes.entries += weight(&index);
-        if let Some(old) = indexes.by_chunk.put(chunk, index) {
+        if let Some(old) = indexes.by_file.put(id, index) {
             indexes.entries -= weight(&old);
         }
         // The newest stays even when it alone is beyond the bound: it is in use anyway.
-        while indexes.entries > INDEX_ENTRIES && indexes.by_chunk.len() > 1 {
-            let Some((_, old)) = indexes.by_chunk.pop_lru() else { break };
+        while indexes.entries > INDEX_ENTRIES && indexes.by_file.len() > 1 {
+            let Some((_, old)) = indexes.by_file.pop_lru() else { break };
             indexes.entries -= weight(&old);
         }
     }
 
-    pub fn forget(&self, chunk: ChunkId) {
-        lock(&self.files).pop(&chunk);
+    pub fn forget(&self, id: FileId) {
+        lock(&self.files).pop(&id);
         let mut indexes = lock(&self.indexes);
-        if let Some(old) = indexes.by_chunk.pop(&chunk) {
+        if let Some(old) = indexes.by_file.pop(&id) {
             indexes.entries -= weight(&old);
         }
     }
@@ -81,12 +84,13 @@ mod tests {
         let cache = Cache::default();
         let index = Arc::new(vec![Entry { offset: 0, position: 64, length: 1 }; INDEX_ENTRIES / 2]);
         for chunk in 0..4 {
-            cache.keep_index(ChunkId(chunk), Arc::clone(&index));
+            cache.keep_index((ChunkId(chunk), 0), Arc::clone(&index));
         }
-        assert!(cache.index(ChunkId(2)).is_none() && cache.index(ChunkId(3)).is_some());
-        cache.keep_index(ChunkId(9), Arc::new(vec![index[0]; INDEX_ENTRIES + 1]));
-        assert!(cache.index(ChunkId(3)).is_none() && cache.index(ChunkId(9)).is_some());
-        cache.forget(ChunkId(9));
+        assert!(cache.index((ChunkId(2), 0)).is_none() && cache.index((ChunkId(3), 0)).is_some());
+        cache.keep_index((ChunkId(9), 1), Arc::new(vec![index[0]; INDEX_ENTRIES + 1]));
+        assert!(cache.index((ChunkId(3), 0)).is_none() && cache.index((ChunkId(9), 1)).is_some());
+        assert!(cache.index((ChunkId(9), 0)).is_none(), "another file stood there");
+        cache.forget((ChunkId(9), 1));
         assert_eq!(lock(&cache.indexes).entries, 0);
     }
 }

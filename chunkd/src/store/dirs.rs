@@ -113,6 +113,12 @@ impl Dirs {
         }
     }
 
+    /// How many directories have failed.
+    #[must_use]
+    pub fn failed(&self) -> usize {
+        self.all.iter().filter(|dir| dir.failure().is_some()).count()
+    }
+
     /// The directory for a new chunk: the one in use with the most room.
     ///
     /// # Errors

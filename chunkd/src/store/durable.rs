@@ -104,10 +104,26 @@ pub fn cut(file: &dyn DiskFile, length: u64) -> io::Result<()> {
 /// # Errors
 /// What the disk says.
 pub fn remove(disk: &dyn Disk, path: &Path) -> io::Result<()> {
+    forget(disk, path)?;
+    sync_name(disk, path)
+}
+
+/// Removes a file that means nothing. A crash may bring it back.
+///
+/// # Errors
+/// What the disk says.
+pub fn forget(disk: &dyn Disk, path: &Path) -> io::Result<()> {
     match disk.remove(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
+}
+
+/// Makes a file's name durable.
+///
+/// # Errors
+/// What the disk says.
+pub fn sync_name(disk: &dyn Disk, path: &Path) -> io::Result<()> {
     disk.sync_dir(parent(path)?)
 }
 

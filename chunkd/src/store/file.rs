@@ -7,6 +7,7 @@
 //!              start: clean  │   start: gap   ┌─────────┐ seal  │
 //!                            └── (a file) ───►│ Damaged │ ──────┘
 //!                                             └─────────┘   any but Absent ── delete ──► Absent
+//!                                                                any ── a copy is installed ──► Sealed
 //! ```
 //!
 //! Operations that change a chunk come one after the other from its queue (`queue.rs`), so what they read from the
@@ -79,6 +80,8 @@ pub(super) struct State {
     pub(super) broken: Option<FsError>,
     /// No more syncs either: an fdatasync failed, nobody knows what is on disk.
     pub(super) sync_failed: bool,
+    /// Damage was found in it since the start.
+    pub(super) rotten: bool,
 }
 
 impl Chunk {
@@ -99,6 +102,7 @@ impl Chunk {
             generation: 0,
             broken: None,
             sync_failed: false,
+            rotten: false,
         };
         Self {
             id,
@@ -153,12 +157,16 @@ impl Chunk {
     #[must_use]
     pub fn report(&self) -> Option<v1::ChunkFound> {
         let state = lock(&self.state);
+        let failed = state.place.as_ref().is_some_and(|(dir, _)| dir.failure().is_some());
         (state.phase != Phase::Absent).then(|| v1::ChunkFound {
             chunk: self.id.get(),
             epoch: state.epoch.get(),
             length: state.length,
             sealed: state.phase == Phase::Sealed,
-            damaged: state.phase == Phase::Damaged { proven: true } || state.sync_failed,
+            damaged: state.phase == Phase::Damaged { proven: true }
+                || state.sync_failed
+                || state.rotten
+                || failed,
         })
     }
 
@@ -180,13 +188,13 @@ impl Chunk {
             .as_ref()
             .ok_or_else(|| self.error(ErrorCode::ErrorNoChunk, "there is no such chunk here"))?;
         let sealed = state.phase == Phase::Sealed;
-        if sealed && let Some(file) = self.shared.cache.file(self.id) {
+        if sealed && let Some(file) = self.shared.cache.file((self.id, state.generation)) {
             return Ok(file);
         }
         let mode = if sealed { OpenMode::Read } else { OpenMode::Write };
         let file = self.shared.env.disk.open(path, mode).map_err(|error| failed("opening", path, error))?;
         if sealed {
-            self.shared.cache.keep_file(self.id, Arc::clone(&file));
+            self.shared.cache.keep_file((self.id, state.generation), Arc::clone(&file));
         } else {
             lock(&self.state).file = Some(Arc::clone(&file));
         }
@@ -251,6 +259,28 @@ impl Chunk {
         }
     }
 
+    /// Reads the chunk, and notes damage that is found. A copy may be installed meanwhile: then what was read is judged again.
+    pub(super) fn noting<T>(&self, read: impl Fn() -> FsResult<T>) -> FsResult<T> {
+        loop {
+            let generation = lock(&self.state).generation;
+            let result = read();
+            match &result {
+                Err(error) if error.code == ErrorCode::ErrorCorrupt => {}
+                _ => return result,
+            }
+            let mut state = lock(&self.state);
+            if state.generation != generation {
+                continue;
+            }
+            if !std::mem::replace(&mut state.rotten, true) {
+                drop(state);
+                lock(&self.shared.rotten).insert(self.id);
+                self.shared.found.notify_one();
+            }
+            return result;
+        }
+    }
+
     pub(super) fn corrupt(&self, offset: u64, cause: impl std::fmt::Display) -> FsError {
         self.error(ErrorCode::ErrorCorrupt, format_args!("the record at offset {offset} is damaged: {cause}"))
     }
@@ -292,11 +322,11 @@ impl Chunk {
                 return Ok((file, entries));
             }
         }
-        if let Some(index) = self.shared.cache.index(self.id) {
+        if let Some(index) = self.shared.cache.index((self.id, state.generation)) {
             return Ok((file, part(&index)));
         }
         let index = Arc::new(self.read_index(&*file, state.length)?);
-        self.shared.cache.keep_index(self.id, Arc::clone(&index));
+        self.shared.cache.keep_index((self.id, state.generation), Arc::clone(&index));
         Ok((file, part(&index)))
     }
 

@@ -3,6 +3,7 @@
 pub mod append;
 pub mod cache;
 pub mod dirs;
+pub mod draft;
 pub mod durable;
 pub mod file;
 pub mod format;
@@ -16,18 +17,19 @@ use append::NewRecord;
 use dfs_env::Env;
 use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::SYNCS_AT_ONCE;
-use dfs_proto::{ChunkId, FsError, FsResult, v1};
+use dfs_proto::{ByteLen, ChunkId, Epoch, FsError, FsResult, v1};
 use dirs::{DataDir, Dirs, chunk_of};
+use draft::{DRAFT, Draft};
 use durable::Held;
 use file::Chunk;
 use orders::Settled;
 use queue::{ChunkOrder, Job};
 use read::Piece;
 use recovery::{Found, Opened};
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Notify, Semaphore, oneshot};
 
 /// What all chunks of a daemon have in common.
 pub struct Shared {
@@ -38,6 +40,11 @@ pub struct Shared {
     cache: cache::Cache,
     /// Bounds the fdatasyncs that run at once.
     syncs: Semaphore,
+    /// The chunks of which damage was found, for the next report.
+    rotten: Mutex<BTreeSet<ChunkId>>,
+    found: Notify,
+    /// The chunks of which a copy is being made.
+    drafts: Mutex<HashSet<ChunkId>>,
     /// Every chunk with a file, and those whose first job waits. Locked before anything of a chunk.
     chunks: Mutex<HashMap<ChunkId, Arc<Chunk>>>,
 }
@@ -64,6 +71,9 @@ impl Store {
             dirs,
             cache: cache::Cache::default(),
             syncs: Semaphore::new(SYNCS_AT_ONCE),
+            rotten: Mutex::default(),
+            found: Notify::new(),
+            drafts: Mutex::default(),
             chunks: Mutex::default(),
         });
         let store = Self(shared);
@@ -92,6 +102,12 @@ impl Store {
 
     fn known(&self, id: ChunkId) -> Option<Arc<Chunk>> {
         lock(&self.0.chunks).get(&id).cloned()
+    }
+
+    fn existing(&self, id: ChunkId) -> FsResult<Arc<Chunk>> {
+        self.known(id).ok_or_else(|| {
+            FsError::new(ErrorCode::ErrorNoChunk, format!("chunk {id}: there is no such chunk here"))
+        })
     }
 
     /// Appends a record after everything asked for this chunk before. The order is that of the calls, not of the
@@ -128,10 +144,43 @@ impl Store {
     /// # Errors
     /// See [`Chunk::read`].
     pub async fn read(&self, id: ChunkId, offset: u64, length: usize) -> FsResult<Piece> {
-        let chunk = self.known(id).ok_or_else(|| {
-            FsError::new(ErrorCode::ErrorNoChunk, format!("chunk {id}: there is no such chunk here"))
-        })?;
-        self.0.env.blocking(move || Ok(chunk.read(offset, length))).await?
+        let chunk = self.existing(id)?;
+        self.0.env.blocking(move || Ok(chunk.noting(|| chunk.read(offset, length)))).await?
+    }
+
+    /// Records of a chunk for another daemon; see [`Chunk::records`].
+    ///
+    /// # Errors
+    /// See [`Chunk::records`].
+    pub async fn records(&self, id: ChunkId, offset: u64, end: u64) -> FsResult<Vec<v1::FetchedRecord>> {
+        let chunk = self.existing(id)?;
+        self.0.env.blocking(move || Ok(chunk.noting(|| chunk.records(offset, end)))).await?
+    }
+
+    /// Begins a replica of a sealed chunk of `length` bytes; [`ChunkOrder::Install`] ends it.
+    ///
+    /// # Errors
+    /// ERROR_BUSY while another one is being made; ERROR_NO_SPACE; what the disk says.
+    pub async fn draft(&self, id: ChunkId, epoch: Epoch, capacity: ByteLen, length: u64) -> FsResult<Draft> {
+        let shared = Arc::clone(&self.0);
+        self.0.env.blocking(move || Ok(shared.draft(id, epoch, capacity, length))).await?
+    }
+
+    /// Waits until damage is found in replicas, and answers which.
+    pub async fn rotten(&self) -> Vec<v1::ChunkFound> {
+        loop {
+            let rotten = std::mem::take(&mut *lock(&self.0.rotten));
+            if !rotten.is_empty() {
+                return rotten.into_iter().filter_map(|id| self.found(id)).collect();
+            }
+            self.0.found.notified().await;
+        }
+    }
+
+    /// A chunk's replica as a report names it.
+    #[must_use]
+    pub fn found(&self, id: ChunkId) -> Option<v1::ChunkFound> {
+        self.known(id)?.report()
     }
 
     /// How far a chunk's bytes have come; nothing when it is not here.
@@ -181,6 +230,10 @@ impl Shared {
         for byte in 0..=255_u8 {
             let folder = dir.path.join("chunks").join(format!("{byte:02x}"));
             for path in self.env.disk.list(&folder)? {
+                if path.extension().is_some_and(|extension| extension == DRAFT) {
+                    durable::forget(&*self.env.disk, &path)?;
+                    continue;
+                }
                 let Some(id) = chunk_of(&path).filter(|id| dir.chunk_path(*id) == path) else {
                     tracing::warn!(path = %path.display(), "this is no chunk file; left alone");
                     continue;
@@ -210,10 +263,13 @@ impl Shared {
             Entry::Vacant(vacant) => {
                 vacant.insert(Arc::new(Chunk::found(id, Arc::clone(self), dir, found)));
             }
-            // A chunk is placed once; a second file was copied here by hand. The one with more bytes is the safer one.
+            // A copy replaced a replica in a directory that had failed, or a file was brought here by hand. A sealed file
+            // is complete; among others the one with more bytes is the safer one.
             Entry::Occupied(mut there) => {
-                tracing::error!(chunk = %id, dir = %dir.path.display(), "this chunk is in two directories; the longer file is used");
-                if there.get().held().length < found.length {
+                tracing::error!(chunk = %id, dir = %dir.path.display(), "this chunk is in two directories; the sealed or longer file is used");
+                let sealed = |phase| phase == file::Phase::Sealed;
+                let found_is = (found.condition == recovery::Condition::Sealed, found.length);
+                if (sealed(there.get().phase()), there.get().held().length) < found_is {
                     let chunk = Chunk::found(id, Arc::clone(self), dir, found);
                     there.insert(Arc::new(chunk));
                 }
@@ -222,6 +278,8 @@ impl Shared {
     }
 }
 
+#[cfg(test)]
+mod draft_tests;
 #[cfg(test)]
 mod test_disk;
 #[cfg(test)]

@@ -184,8 +184,8 @@ impl Chunk {
                 return Err(error);
             }
         };
-        self.shared.cache.keep_file(self.id, Arc::clone(file));
-        self.shared.cache.keep_index(self.id, index);
+        self.shared.cache.keep_file((self.id, state.generation), Arc::clone(file));
+        self.shared.cache.keep_index((self.id, state.generation), index);
         let mut now = lock(&self.state);
         dir.account(end.saturating_sub(now.file_bytes), now.file_bytes.saturating_sub(end));
         *lock(&self.index) = Vec::new();
@@ -204,15 +204,13 @@ impl Chunk {
         let Some((dir, path)) = &state.place else { return Ok(()) };
         durable::remove(&*self.shared.env.disk, path).map_err(|error| failed("removing", path, error))?;
         dir.account(0, state.file_bytes);
-        self.shared.cache.forget(self.id);
         let gone = Self::absent(self.id, Arc::clone(&self.shared)).snapshot();
         {
             let mut now = lock(&self.state);
             *lock(&self.index) = Vec::new();
             *now = State { generation: state.generation + 1, ..gone };
         }
-        // A read that began before may have put the file or index back at hand.
-        self.shared.cache.forget(self.id);
+        self.shared.cache.forget((self.id, state.generation));
         Ok(())
     }
 }

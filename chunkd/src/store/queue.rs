@@ -5,6 +5,7 @@
 
 use super::Shared;
 use super::append::NewRecord;
+use super::draft::Draft;
 use super::durable::Held;
 use super::file::{Chunk, Phase};
 use super::orders::Settled;
@@ -27,11 +28,15 @@ pub enum Job {
 }
 
 /// What the master orders for one chunk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChunkOrder {
     Fence(Epoch),
-    Seal { epoch: Epoch, length: u64 },
+    Seal {
+        epoch: Epoch,
+        length: u64,
+    },
     Delete,
+    /// Put this finished copy in its place.
+    Install(Box<Draft>),
 }
 
 /// The jobs that wait. Bounded by those who add: they hold memory permits (`server/append.rs`) or are orders.
@@ -93,6 +98,7 @@ impl Chunk {
                                 ChunkOrder::Delete => {
                                     chunk.delete().map(|()| Settled { epoch: Epoch(0), length: 0, digest: 0 })
                                 }
+                                ChunkOrder::Install(draft) => chunk.install(*draft),
                             })
                         })
                         .await;

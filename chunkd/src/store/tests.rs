@@ -13,22 +13,22 @@ use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
-const ID: ChunkId = ChunkId(0x1234);
+pub(super) const ID: ChunkId = ChunkId(0x1234);
 
 fn env(disk: &TestDisk) -> Env {
     Env { disk: Arc::new(disk.clone()), threads: false, ..Env::real() }
 }
 
-async fn store_of(disk: &TestDisk, capacity: Option<u64>, dirs: &[&str]) -> Store {
+pub(super) async fn store_of(disk: &TestDisk, capacity: Option<u64>, dirs: &[&str]) -> Store {
     let all = dirs.iter().map(|dir| DataDir::new(PathBuf::from(dir), None)).collect();
     Store::open(env(disk), Dirs::new(env(disk), all, capacity, 0), "cluster").await
 }
 
-async fn open(disk: &TestDisk) -> Store {
+pub(super) async fn open(disk: &TestDisk) -> Store {
     store_of(disk, None, &["/a"]).await
 }
 
-fn path() -> PathBuf {
+pub(super) fn path() -> PathBuf {
     DataDir::new("/a".into(), None).chunk_path(ID)
 }
 
@@ -53,12 +53,12 @@ async fn add(store: &Store, epoch: u32, offset: u64, length: usize, sync: bool) 
     store.append(ID, record(epoch, offset, payload(offset, length)), sync).await
 }
 
-fn code<T: std::fmt::Debug>(result: FsResult<T>) -> ErrorCode {
+pub(super) fn code<T: std::fmt::Debug>(result: FsResult<T>) -> ErrorCode {
     result.expect_err("refused").code
 }
 
 /// Reads a range, verifies it as a client does, and checks that whole units cover it.
-async fn read(store: &Store, offset: u64, length: usize) -> FsResult<Vec<u8>> {
+pub(super) async fn read(store: &Store, offset: u64, length: usize) -> FsResult<Vec<u8>> {
     let piece = store.read(ID, offset, length).await?;
     let mut rest = piece.data.clone();
     for unit in &piece.units {
@@ -73,7 +73,7 @@ async fn read(store: &Store, offset: u64, length: usize) -> FsResult<Vec<u8>> {
     Ok(piece.data[skip..skip + length].to_vec())
 }
 
-fn entries(lengths: &[usize]) -> Vec<Entry> {
+pub(super) fn entries(lengths: &[usize]) -> Vec<Entry> {
     let (mut offset, mut position) = (0, FILE_HEADER as u64);
     lengths
         .iter()
@@ -85,14 +85,14 @@ fn entries(lengths: &[usize]) -> Vec<Entry> {
         .collect()
 }
 
-async fn build(store: &Store, lengths: &[usize], sync: bool) {
+pub(super) async fn build(store: &Store, lengths: &[usize], sync: bool) {
     for entry in entries(lengths) {
         add(store, 1, entry.offset, entry.length as usize, sync).await.expect("appended");
     }
 }
 
 /// All bytes that [`build`] wrote.
-fn bytes_of(lengths: &[usize]) -> Vec<u8> {
+pub(super) fn bytes_of(lengths: &[usize]) -> Vec<u8> {
     entries(lengths).iter().flat_map(|entry| payload(entry.offset, entry.length as usize)).collect()
 }
 
@@ -616,9 +616,9 @@ proptest! {
                 }
             }
             let fenced = store.order(ID, ChunkOrder::Fence(Epoch(2))).await.is_ok();
-            let seal = ChunkOrder::Seal { epoch: Epoch(2), length: committed };
+            let seal = || ChunkOrder::Seal { epoch: Epoch(2), length: committed };
             // The master orders a seal only after fences were answered.
-            let sealed = fenced && store.order(ID, seal).await.is_ok();
+            let sealed = fenced && store.order(ID, seal()).await.is_ok();
             let mut bits = keep.iter().cycle();
             disk.cut_power(|| *bits.next().expect("a cycle"));
             let store = open(&disk).await;
@@ -629,7 +629,7 @@ proptest! {
             if fenced {
                 assert_eq!(code(add(&store, 1, found.length, 10, false).await), ErrorCode::ErrorStaleEpoch);
                 if found.length >= committed {
-                    assert_eq!(store.order(ID, seal).await.expect("sealed").length, committed);
+                    assert_eq!(store.order(ID, seal()).await.expect("sealed").length, committed);
                     let expected = bytes_of(&lengths);
                     for store in [&store, &open(&disk).await] {
                         let read = read(store, 0, usize::try_from(committed).expect("small")).await.expect("read");

@@ -78,6 +78,7 @@ impl Cluster {
             snapshot_every_entries: 10_000,
             session_ttl_ms: 20_000,
             root_squash: Vec::new(),
+            repair_bandwidth: 0,
             raft_heartbeat_ms: 100,
             raft_election_ms: 500,
             storage: Storage::Disk,

@@ -1,12 +1,15 @@
 //! The Admin service: what `dfs status` shows.
 
 use super::census::Census;
-use super::nodes::{Found, millis};
+use super::nodes::millis;
+use super::repairing::Progress;
 use super::term::Term;
 use super::{Gone, Shared, store_failed};
 use crate::state;
-use dfs_proto::v1::{self, MasterStatus, NodeStatus, SessionStatus, StatusReply, StatusRequest};
-use dfs_proto::{InodeNo, SessionId};
+use dfs_proto::v1::{
+    self, MasterStatus, NodeStatus, RepairStatus, SessionStatus, StatusReply, StatusRequest,
+};
+use dfs_proto::{InodeNo, NodeId, SessionId};
 use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 use tonic::{Request, Response, Status};
@@ -83,7 +86,11 @@ fn overview(term: &Term) -> Result<StatusReply, Status> {
         .len();
     let raft = shared.node.status();
     let census = *term.census.lock().unwrap_or_else(PoisonError::into_inner);
-    let nodes = term.nodes.status();
+    let flawed = term.repairs.flaws_by_node();
+    let mut nodes = term.nodes.status();
+    for (node, ..) in &mut nodes {
+        node.flawed = flawed.get(&NodeId(node.node)).copied().unwrap_or(0);
+    }
     let space = term.nodes.space();
     let (parked, _) = term.jobs.sealing();
     let replicas = u64::from(term.replicas.max(1));
@@ -118,12 +125,25 @@ fn overview(term: &Term) -> Result<StatusReply, Status> {
         total_bytes: space.total / replicas,
         free_bytes: space.free / replicas,
         orphans: orphans as u64,
+        repair: Some(repair(&term.repairs.progress(term.now()))),
     })
+}
+
+fn repair(progress: &Progress) -> RepairStatus {
+    RepairStatus {
+        waiting: progress.waiting,
+        copying: progress.copying,
+        copied: progress.copied,
+        copied_bytes: progress.copied_bytes,
+        failed: progress.failed,
+        bytes_per_second: progress.bytes_per_second,
+        flawed: progress.flaws,
+    }
 }
 
 fn warnings(
     term: &Term,
-    nodes: &[(NodeStatus, Found, Vec<String>)],
+    nodes: &[(NodeStatus, u64, Vec<String>)],
     census: &Census,
     parked: usize,
 ) -> Vec<String> {
@@ -146,7 +166,7 @@ fn warnings(
             if hosts.len() == 1 { "" } else { "s" }
         ));
     }
-    for (node, found, failed) in nodes {
+    for (node, unknown, failed) in nodes {
         if node.state != "up" {
             warnings.push(format!(
                 "chunk daemon {:016x} at {} is {}, last seen {} s ago",
@@ -156,13 +176,16 @@ fn warnings(
                 node.last_seen_ms / 1000
             ));
         }
-        if found.damaged > 0 {
-            warnings.push(format!("chunk daemon {:016x} has {} damaged replicas", node.node, found.damaged));
+        if node.flawed > 0 {
+            warnings.push(format!(
+                "chunk daemon {:016x} has {} damaged or missing replicas, which are being made anew",
+                node.node, node.flawed
+            ));
         }
-        if found.unknown > 0 {
+        if *unknown > 0 {
             warnings.push(format!(
                 "chunk daemon {:016x} has {} chunks that this cluster does not know; they are left alone",
-                node.node, found.unknown
+                node.node, unknown
             ));
         }
         for path in failed {

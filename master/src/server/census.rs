@@ -1,8 +1,10 @@
-//! Walks over all chunks, slowly and for ever: counts what `dfs status` shows, and finds chunks that should be sealed
-//! and are not, whatever the reason they were missed.
+//! Walks over all chunks, slowly and for ever: counts what `dfs status` shows, and finds chunks that should be sealed or
+//! repaired and are not, whatever the reason they were missed.
 
 use super::nodes::Nodes;
 use super::term::Term;
+use crate::placement::Health;
+use crate::repair::Holder;
 use crate::state;
 use dfs_proto::v1::{ChunkState, chunk_state::Phase};
 use dfs_proto::{ChunkId, NodeId, SessionId};
@@ -43,6 +45,9 @@ pub async fn run(term: Arc<Term>) {
                 if should_seal(&term, chunk) {
                     term.jobs.seal(ChunkId(chunk.chunk), false);
                 }
+                if chunk.phase() == Phase::Sealed && chunk.live > 0 {
+                    super::repairing::consider_state(&term, chunk);
+                }
             }
             let Some(last) = page.last().filter(|_| page.len() == PAGE) else { break };
             after = ChunkId(last.chunk);
@@ -70,10 +75,14 @@ fn count(census: &mut Census, nodes: &Nodes, chunk: &ChunkState) {
     }
 }
 
-/// A chunk that nobody can append to any more, but that is open; a fenced one that is parked waits for its daemons.
+/// A chunk that is open though nobody can append to it any more, or though a daemon that has a replica is dead or is to be
+/// emptied: only sealed chunks are repaired. A fenced one that is parked waits for its daemons.
 fn should_seal(term: &Term, chunk: &ChunkState) -> bool {
     if chunk.phase() != Phase::Open {
         return false;
     }
-    chunk.committed >= chunk.capacity || !term.memory().sessions.contains_key(&SessionId(chunk.session))
+    let leaves = |holder: &Holder| holder.health == Health::Dead || holder.draining;
+    chunk.committed >= chunk.capacity
+        || !term.memory().sessions.contains_key(&SessionId(chunk.session))
+        || (chunk.live > 0 && term.nodes.holders(chunk).iter().any(leaves))
 }

@@ -4,7 +4,8 @@
 //! connection. What arrives is bounded by the message size, what waits to be sent by the order queue.
 
 use super::jobs::Job;
-use super::nodes::{Attached, Found};
+use super::nodes::Attached;
+use super::repairing;
 use super::sealing::{Report, judge};
 use super::term::Term;
 use super::{Gone, HELLO_WAIT, Shared, store_failed};
@@ -13,10 +14,14 @@ use dfs_proto::limits::HEARTBEAT_MS;
 use dfs_proto::v1::{self, ErrorCode, NodeFrame, NodeHello, NodeRow, NodeWelcome, Order, OrderFrame, system};
 use dfs_proto::{ChunkId, FsError, NodeId, PROTOCOL_VERSION};
 use futures::Stream;
+use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 use tonic::{Request, Response, Status, Streaming};
+
+/// How many chunks that a daemon should have are read at once.
+const MISSING_PAGE: usize = 4096;
 
 /// Answers `Control`.
 pub struct ControlService {
@@ -121,9 +126,11 @@ async fn admit(
     let term = shared.term().await?;
     let id = NodeId(hello.node);
     term.nodes.admit(id, hello.instance)?;
-    let row = NodeRow { node: hello.node, address: hello.address, host: hello.host, rack: hello.rack };
     let known =
         state::node(&*term.kv(), id).map_err(|error| store_failed("reading a chunk daemon's row", &error))?;
+    let draining = known.as_ref().is_some_and(|known| known.draining);
+    let row =
+        NodeRow { node: hello.node, address: hello.address, host: hello.host, rack: hello.rack, draining };
     if known.as_ref() != Some(&row) {
         let register = v1::RegisterNode {
             node: row.node,
@@ -142,7 +149,8 @@ async fn admit(
     );
     let Attached { generation, orders } = term.nodes.attach(row, hello.instance);
     let ended = term.ended();
-    Ok(NodeLink { term, node: id, generation, inbound, orders, ended })
+    term.repairs.returned(id);
+    Ok(NodeLink { term, node: id, generation, inbound, orders, ended, reported: Some(ChunkId(0)) })
 }
 
 fn check(shared: &Shared, hello: &NodeHello) -> Result<(), FsError> {
@@ -180,6 +188,8 @@ struct NodeLink {
     inbound: Streaming<NodeFrame>,
     orders: mpsc::Receiver<Order>,
     ended: watch::Receiver<bool>,
+    /// Up to where the first report, which names everything, has come.
+    reported: Option<ChunkId>,
 }
 
 impl Drop for NodeLink {
@@ -252,29 +262,66 @@ impl NodeLink {
             return;
         }
         let kv = self.term.kv();
-        let mut found = Found::default();
+        let next_chunk = match state::cluster_row(&*kv) {
+            Ok(row) => row.map_or(0, |row| row.next_chunk),
+            Err(error) => {
+                store_failed("reading the cluster's counters", &error);
+                return;
+            }
+        };
+        let mut unknown = 0;
         for replica in &report.chunks {
-            let chunk = match state::chunk_state(&*kv, ChunkId(replica.chunk)) {
+            let id = ChunkId(replica.chunk);
+            let chunk = match state::chunk_state(&*kv, id) {
                 Ok(chunk) => chunk,
                 Err(error) => {
                     store_failed("reading a chunk", &error);
                     continue;
                 }
             };
-            match judge(self.node, replica, chunk.as_ref()) {
-                Report::Fine => {}
+            match judge(self.node, replica, chunk.as_ref(), next_chunk) {
+                Report::Fine => self.term.repairs.is_there(id, self.node),
                 Report::Job(job) => self.term.jobs.add(job, false),
-                Report::Unknown => found.unknown += 1,
-                Report::Damaged => found.damaged += 1,
+                Report::Unknown => unknown += 1,
+                Report::Damaged => {
+                    if self.term.repairs.flawed(id, self.node, false) {
+                        tracing::error!(chunk = %id, node = %self.node, "a replica is damaged");
+                    }
+                    repairing::consider(&self.term, id);
+                }
             }
         }
-        self.term.nodes.found(self.node, found);
+        self.term.nodes.unknown(self.node, unknown);
+        self.find_missing(&report);
         if report.last {
-            for chunk in self.term.nodes.take_deletes(self.node) {
-                self.term.jobs.add(Job::Delete { node: self.node, chunk }, false);
-            }
             self.term.jobs.unpark();
         }
+    }
+
+    /// Compares the first report, which is complete and in order, with what the daemon should have. What seems missing may
+    /// only have come after the report: an order for it tells.
+    fn find_missing(&mut self, report: &v1::ChunkReport) {
+        let Some(mut after) = self.reported else { return };
+        let upto = if report.last { u64::MAX } else { report.chunks.last().map_or(0, |last| last.chunk) };
+        let there: BTreeSet<u64> = report.chunks.iter().map(|found| found.chunk).collect();
+        let kv = self.term.kv();
+        while after.get() < upto {
+            let listed = match state::chunks_on(&*kv, self.node, after, MISSING_PAGE) {
+                Ok(listed) => listed,
+                Err(error) => {
+                    store_failed("reading a daemon's chunks", &error);
+                    return;
+                }
+            };
+            for chunk in listed.iter().filter(|chunk| chunk.get() <= upto && !there.contains(&chunk.get())) {
+                self.term.jobs.add(Job::Mend { node: self.node, chunk: *chunk }, false);
+            }
+            after = match listed.last() {
+                Some(last) if listed.len() == MISSING_PAGE && last.get() < upto => *last,
+                _ => ChunkId(upto),
+            };
+        }
+        self.reported = (!report.last).then_some(after);
     }
 }
 

@@ -13,9 +13,9 @@ const JOBS_MAX: usize = 1 << 20;
 pub enum Job {
     /// Seal it.
     Seal(ChunkId),
-    /// A daemon has a replica of a sealed chunk that is not closed yet, or that the chunk does not know of.
+    /// A daemon has a replica of a sealed chunk that is not closed yet, or that does not count; or it has none and should.
     Mend { node: NodeId, chunk: ChunkId },
-    /// The chunk was dropped: a daemon may delete its replica.
+    /// A daemon may delete its replica, if it still does not count by then.
     Delete { node: NodeId, chunk: ChunkId },
 }
 

@@ -1,7 +1,7 @@
 //! What a master does while it leads, beside answering: sessions expire, orphans are freed, chunks sealed and dropped.
 
 use super::term::Term;
-use super::{Gone, Shared, census, change, sealing, space};
+use super::{Gone, Shared, census, change, repairing, sealing, space};
 use crate::leases::table::Kind;
 use crate::raft::Leadership;
 use crate::state;
@@ -51,6 +51,7 @@ pub async fn run(shared: Arc<Shared>) {
             work.spawn(note_leases(Arc::clone(term)));
             work.spawn(free_orphans(Arc::clone(term)));
             work.spawn(sealing::run(Arc::clone(term)));
+            work.spawn(repairing::run(Arc::clone(term)));
             work.spawn(space::run(Arc::clone(term)));
             work.spawn(census::run(Arc::clone(term)));
         }

@@ -15,6 +15,7 @@ mod locking;
 mod memory;
 mod nodes;
 mod questions;
+mod repairing;
 mod requests;
 mod sealing;
 mod session;
@@ -68,6 +69,8 @@ pub struct Settings {
     pub session_ttl: Duration,
     /// Networks of clients whose root is nobody.
     pub root_squash: Vec<IpNet>,
+    /// Bytes a second that each daemon copies at most to make replicas; 0: no limit.
+    pub repair_bandwidth: u64,
 }
 
 /// This master leads no more, or cannot tell: the peer must look for the leader and ask again.

@@ -1,11 +1,12 @@
 //! The chunk daemons as the leader sees them: who is up, how full they are, and the way to give them orders.
 
-use crate::placement::{Candidate, Health};
+use crate::placement::{Candidate, Domain, Health};
+use crate::repair::Holder;
 use dfs_env::Clock;
 use dfs_proto::limits::{HEARTBEAT_MS, NODE_DEAD_MS, NODE_SUSPECT_MS};
 use dfs_proto::v1::{self, ErrorCode, Heartbeat, NodeRow, NodeStatus, Order, OrderDone, order};
-use dfs_proto::{ByteLen, ChunkId, FsError, NodeId};
-use std::collections::{BTreeMap, BTreeSet};
+use dfs_proto::{ByteLen, FsError, NodeId};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -13,8 +14,6 @@ use tokio::time::Instant;
 
 /// Orders that wait to be sent to one daemon.
 const ORDER_QUEUE: usize = 256;
-/// Deletions kept for a daemon that is away; beyond, its replicas stay until it is scrubbed.
-const DELETES_MAX: usize = 1 << 18;
 
 /// Reports of failed appends that come within this time speak of one incident.
 const INCIDENT: Duration = Duration::from_secs(2);
@@ -53,8 +52,8 @@ struct Node {
     heartbeat: Option<Heartbeat>,
     /// The last time that clients could not append to it.
     complaint: Option<Complaint>,
-    deletes: BTreeSet<ChunkId>,
-    found: Found,
+    /// Chunks in its report that this cluster does not know. They are left alone.
+    unknown: u64,
 }
 
 /// A daemon that beats may still be out of a client's reach, or too slow. Leaving it out at the first complaint would cost
@@ -64,15 +63,6 @@ struct Complaint {
     /// When the incident began.
     since: Duration,
     repeated: bool,
-}
-
-/// What a daemon's report showed beside what was expected.
-#[derive(Clone, Copy, Default, Debug)]
-pub struct Found {
-    /// Chunks that this cluster does not know. They are left alone.
-    pub unknown: u64,
-    /// Replicas that are shorter than they should be, or damaged.
-    pub damaged: u64,
 }
 
 /// What a daemon's stream needs.
@@ -138,9 +128,10 @@ impl Nodes {
         table.next_generation += 1;
         let id = NodeId(row.node);
         let node = table.nodes.entry(id).or_insert_with(|| Node::new(row.clone(), now));
-        node.row = row;
+        // What was read of it may be older than what was decided since.
+        node.row = NodeRow { draining: node.row.draining, ..row };
         node.seen = now;
-        node.found = Found::default();
+        node.unknown = 0;
         node.link = Some(Link { instance, generation, orders: sender, pending: BTreeMap::new() });
         drop(table);
         self.links.send_modify(|links| *links += 1);
@@ -191,11 +182,10 @@ impl Nodes {
         }
     }
 
-    /// Adds to what the daemon's report showed.
-    pub fn found(&self, node: NodeId, more: Found) {
+    /// The daemon's report has chunks that this cluster does not know.
+    pub fn unknown(&self, node: NodeId, more: u64) {
         if let Some(node) = self.table().nodes.get_mut(&node) {
-            node.found.unknown += more.unknown;
-            node.found.damaged += more.damaged;
+            node.unknown += more;
         }
     }
 
@@ -220,7 +210,7 @@ impl Nodes {
         &self,
         term: u64,
         node: NodeId,
-        op: order::Op,
+        op: &order::Op,
         deadline: Instant,
     ) -> Result<OrderDone, OrderError> {
         let mut links = self.links.subscribe();
@@ -267,7 +257,7 @@ impl Nodes {
         &self,
         term: u64,
         node: NodeId,
-        op: order::Op,
+        op: &order::Op,
     ) -> Option<(mpsc::Sender<Order>, Order, oneshot::Receiver<OrderDone>)> {
         let mut table = self.table();
         let id = table.next_order;
@@ -275,29 +265,13 @@ impl Nodes {
         let link = table.nodes.get_mut(&node)?.link.as_mut()?;
         let (sender, answer) = oneshot::channel();
         link.pending.insert(id, sender);
-        Some((link.orders.clone(), Order { id, term, op: Some(op) }, answer))
+        Some((link.orders.clone(), Order { id, term, op: Some(op.clone()) }, answer))
     }
 
     fn forget_order(&self, node: NodeId, id: u64) {
         if let Some(link) = self.table().nodes.get_mut(&node).and_then(|node| node.link.as_mut()) {
             link.pending.remove(&id);
         }
-    }
-
-    /// A replica to delete once the daemon is back.
-    pub fn defer_delete(&self, node: NodeId, chunk: ChunkId) {
-        if let Some(node) = self.table().nodes.get_mut(&node) {
-            if node.deletes.len() < DELETES_MAX {
-                node.deletes.insert(chunk);
-            } else {
-                tracing::warn!(node = node.row.node, %chunk, "too many deletions wait for a daemon");
-            }
-        }
-    }
-
-    /// The replicas that were to be deleted once the daemon is back.
-    pub fn take_deletes(&self, node: NodeId) -> BTreeSet<ChunkId> {
-        self.table().nodes.get_mut(&node).map(|node| std::mem::take(&mut node.deletes)).unwrap_or_default()
     }
 
     /// Whether a daemon can be given orders right now.
@@ -319,11 +293,49 @@ impl Nodes {
         known
             .map(|(node, heartbeat)| Candidate {
                 node: NodeId(node.row.node),
-                host: node.row.host.clone(),
+                domain: node.domain(),
                 free: ByteLen(heartbeat.free_bytes),
+                total: ByteLen(heartbeat.total_bytes),
                 health: node.health(now),
+                draining: node.row.draining,
             })
             .collect()
+    }
+
+    /// The daemons that hold a chunk's replicas. One that nobody knows is dead.
+    pub fn holders(&self, chunk: &v1::ChunkState) -> Vec<Holder> {
+        let now = self.clock.boot();
+        let table = self.table();
+        let holder = |id: &u64| {
+            let node = table.nodes.get(&NodeId(*id));
+            Holder {
+                node: NodeId(*id),
+                domain: node.map(Node::domain).unwrap_or_default(),
+                health: node.map_or(Health::Dead, |node| node.health(now)),
+                draining: node.is_some_and(|node| node.row.draining),
+                free: ByteLen(
+                    node.and_then(|node| node.heartbeat.as_ref()).map_or(0, |beat| beat.free_bytes),
+                ),
+            }
+        };
+        chunk.nodes.iter().map(holder).collect()
+    }
+
+    /// Where a daemon is reached.
+    pub fn address(&self, node: NodeId) -> Option<String> {
+        self.table().nodes.get(&node).map(|node| node.row.address.clone())
+    }
+
+    /// A daemon is drained, or is not any more.
+    pub fn set_draining(&self, node: NodeId, draining: bool) {
+        if let Some(node) = self.table().nodes.get_mut(&node) {
+            node.row.draining = draining;
+        }
+    }
+
+    /// A daemon was removed. Its stream ends.
+    pub fn remove(&self, node: NodeId) {
+        self.table().nodes.remove(&node);
     }
 
     /// Learns of daemons that come and go.
@@ -355,8 +367,8 @@ impl Nodes {
         space
     }
 
-    /// Every daemon for `dfs status`, with what its report showed and the directories that failed.
-    pub fn status(&self) -> Vec<(NodeStatus, Found, Vec<String>)> {
+    /// Every daemon for `dfs status`, with the number of chunks that are not known and the directories that failed.
+    pub fn status(&self) -> Vec<(NodeStatus, u64, Vec<String>)> {
         let now = self.clock.boot();
         let table = self.table();
         table
@@ -377,8 +389,10 @@ impl Nodes {
                     free_bytes: heartbeat.free_bytes,
                     chunks: heartbeat.chunks,
                     last_seen_ms: millis(now.saturating_sub(node.seen)),
+                    draining: node.row.draining,
+                    ..NodeStatus::default()
                 };
-                (status, node.found, failed)
+                (status, node.unknown, failed)
             })
             .collect()
     }
@@ -386,15 +400,11 @@ impl Nodes {
 
 impl Node {
     fn new(row: NodeRow, now: Duration) -> Self {
-        Self {
-            row,
-            link: None,
-            seen: now,
-            heartbeat: None,
-            complaint: None,
-            deletes: BTreeSet::new(),
-            found: Found::default(),
-        }
+        Self { row, link: None, seen: now, heartbeat: None, complaint: None, unknown: 0 }
+    }
+
+    fn domain(&self) -> Domain {
+        Domain { host: self.row.host.clone(), rack: self.row.rack.clone() }
     }
 
     fn health(&self, now: Duration) -> Health {
@@ -493,24 +503,24 @@ mod tests {
         let nodes = Nodes::new(Arc::new(Stopped), vec![row.clone()], seconds(100.0));
         let op = order::Op::Delete(v1::DeleteOrder { chunk: 5 });
         let deadline = Instant::now() + seconds(0.3);
-        let away = nodes.order(1, NodeId(1), op, deadline).await;
+        let away = nodes.order(1, NodeId(1), &op, deadline).await;
         assert!(matches!(away, Err(OrderError::Away)) && Instant::now() >= deadline, "{away:?}");
         let later = Instant::now() + seconds(60.0);
-        assert!(matches!(nodes.order(1, NodeId(2), op, later).await, Err(OrderError::Away)));
+        assert!(matches!(nodes.order(1, NodeId(2), &op, later).await, Err(OrderError::Away)));
         assert!(Instant::now() < later);
 
         let daemon = async {
             tokio::time::sleep(seconds(0.1)).await;
             let mut attached = nodes.attach(row, 1);
             let order = attached.orders.recv().await.expect("an order");
-            assert_eq!((order.term, order.op), (1, Some(op)));
+            assert_eq!((order.term, order.op), (1, Some(op.clone())));
             nodes.done(
                 NodeId(1),
                 attached.generation,
                 OrderDone { id: order.id, length: 7, ..OrderDone::default() },
             );
         };
-        let (done, ()) = tokio::join!(nodes.order(1, NodeId(1), op, Instant::now() + seconds(30.0)), daemon);
+        let (done, ()) = tokio::join!(nodes.order(1, NodeId(1), &op, Instant::now() + seconds(30.0)), daemon);
         assert_eq!(done.expect("carried out").length, 7);
     }
 }

@@ -7,7 +7,7 @@ use super::term::Term;
 use super::{Gone, failed, store_failed};
 use crate::leases::opens::{Access, Ticket};
 use crate::leases::table::Clock;
-use crate::placement::{Health, NoPlace};
+use crate::placement::NoPlace;
 use crate::state::{self, Applied};
 use dfs_proto::limits::{ALLOC_CHUNKS_MAX, NODE_SUSPECT_MS, REPLICAS_MAX};
 use dfs_proto::v1::{
@@ -238,7 +238,7 @@ async fn place(term: &Term, alloc: &mut v1::AllocChunks) -> Result<(), FsError> 
     for _ in 0..alloc.count {
         let places = term
             .placement
-            .place(&candidates, replicas, capacity, &mut || term.shared.env.random())
+            .place(&candidates, &[], replicas, capacity, &mut || term.shared.env.random())
             .map_err(|error| {
                 let code = match error {
                     NoPlace::NoNodes => ErrorCode::ErrorNoNodes,
@@ -266,7 +266,7 @@ async fn arrived(term: &Term, replicas: usize) -> Vec<crate::placement::Candidat
     loop {
         links.borrow_and_update();
         let candidates = term.nodes.candidates();
-        let up = candidates.iter().filter(|candidate| candidate.health <= Health::Doubted).count();
+        let up = candidates.iter().filter(|candidate| candidate.is_open()).count();
         let waited = term.now().saturating_sub(term.elected);
         let left = Duration::from_millis(NODE_SUSPECT_MS).saturating_sub(waited);
         if up >= replicas || left.is_zero() {

@@ -3,8 +3,10 @@
 use super::Gone;
 use super::jobs::Job;
 use super::nodes::OrderError;
+use super::repairing;
 use super::term::Term;
 use crate::placement::Health;
+use crate::repair::Replicas;
 use crate::seal::{Action, Event, Sealing};
 use crate::state;
 use dfs_proto::limits::{NODE_DEAD_MS, SEAL_WAIT_MS};
@@ -44,21 +46,25 @@ pub async fn run(term: Arc<Term>) {
     }
 }
 
+/// What follows a job.
+enum After {
+    Done,
+    Park(ChunkId),
+    Another(Job),
+}
+
 async fn carry_out(term: Arc<Term>, job: Job) -> Result<(), Gone> {
-    let park = match job {
-        Job::Seal(chunk) => seal(&term, chunk).await?,
-        Job::Mend { node, chunk } => {
-            mend(&term, node, chunk).await?;
-            false
-        }
-        Job::Delete { node, chunk } => {
-            delete(&term, node, chunk).await;
-            false
-        }
+    let after = match job {
+        Job::Seal(chunk) if seal(&term, chunk).await? => After::Park(chunk),
+        Job::Seal(_) => After::Done,
+        Job::Mend { node, chunk } => mend(&term, node, chunk).await?,
+        Job::Delete { node, chunk } => delete(&term, node, chunk).await,
     };
     term.jobs.done(job);
-    if let (true, Job::Seal(chunk)) = (park, job) {
-        term.jobs.park(chunk);
+    match after {
+        After::Done => {}
+        After::Park(chunk) => term.jobs.park(chunk),
+        After::Another(job) => term.jobs.add(job, false),
     }
     Ok(())
 }
@@ -78,6 +84,7 @@ async fn seal(term: &Term, id: ChunkId) -> Result<bool, Gone> {
             }
             Action::Ask { epoch, nodes } => ask(term, &mut sealing, id, epoch, nodes).await,
             Action::Seal { epoch, length, nodes } => {
+                let given_up = sealing.given_up(&nodes);
                 let sealed = v1::SealedChunk {
                     chunk: id.get(),
                     epoch: epoch.get(),
@@ -86,7 +93,11 @@ async fn seal(term: &Term, id: ChunkId) -> Result<bool, Gone> {
                 };
                 match term.shared.system(system::Op::SealedChunk(sealed)).await? {
                     Ok(_) => {
+                        for node in given_up {
+                            term.jobs.add(Job::Mend { node, chunk: id }, false);
+                        }
                         tracing::debug!(chunk = %id, length = %length, replicas = nodes.len(), "sealed");
+                        repairing::consider(term, id);
                         sealing.on(Event::Sealed)
                     }
                     refused => refuse(&mut sealing, id, "sealing", &refused),
@@ -125,7 +136,10 @@ async fn ask(term: &Term, sealing: &mut Sealing, chunk: ChunkId, epoch: Epoch, n
     let op = order::Op::Fence(v1::FenceOrder { chunk: chunk.get(), epoch: epoch.get() });
     let mut orders: FuturesUnordered<_> = nodes
         .into_iter()
-        .map(|node| async move { (node, term.nodes.order(term.number, node, op, deadline).await) })
+        .map(|node| {
+            let op = &op;
+            async move { (node, term.nodes.order(term.number, node, op, deadline).await) }
+        })
         .collect();
     while let Some((node, result)) = orders.next().await {
         let event = match result {
@@ -164,45 +178,98 @@ async fn cut_one(
     node: NodeId,
 ) -> Result<v1::OrderDone, OrderError> {
     let seal = v1::SealOrder { chunk: chunk.get(), epoch: epoch.get(), length: length.get() };
-    term.nodes.order(term.number, node, order::Op::Seal(seal), Instant::now() + ORDER_WAIT).await
+    term.nodes.order(term.number, node, &order::Op::Seal(seal), Instant::now() + ORDER_WAIT).await
 }
 
-/// Closes a replica of a sealed chunk, and counts it again if it had been given up.
-async fn mend(term: &Term, node: NodeId, id: ChunkId) -> Result<(), Gone> {
-    let Some(chunk) = read(term, id).filter(|chunk| chunk.phase() == Phase::Sealed) else { return Ok(()) };
-    let length = ByteLen(chunk.committed);
-    let done = match cut_one(term, id, Epoch(chunk.epoch), length, node).await {
-        Ok(done) => done,
-        Err(error) => {
-            tracing::info!(chunk = %id, %node, %error, "not closed");
-            return Ok(());
-        }
-    };
-    if done.length < length.get() || chunk.nodes.contains(&node.get()) {
-        return Ok(());
-    }
-    let add = v1::AddReplica { chunk: id.get(), node: node.get() };
-    if let Err(error) = term.shared.system(system::Op::AddReplica(add)).await? {
-        tracing::info!(chunk = %id, %node, %error, "a replica was found but not counted");
-    }
-    Ok(())
-}
-
-async fn delete(term: &Term, node: NodeId, chunk: ChunkId) {
+/// Closes a replica of a sealed chunk, and counts it again if it had been given up and is needed. What cannot be closed is
+/// missing or damaged.
+async fn mend(term: &Term, node: NodeId, id: ChunkId) -> Result<After, Gone> {
+    // One that is away reports when it is back.
     if !term.nodes.is_attached(node) {
-        term.nodes.defer_delete(node, chunk);
-        return;
+        return Ok(After::Done);
     }
-    let op = order::Op::Delete(v1::DeleteOrder { chunk: chunk.get() });
-    match term.nodes.order(term.number, node, op, Instant::now() + ORDER_WAIT).await {
-        Ok(_) => {}
-        Err(OrderError::Refused(error)) => tracing::warn!(%chunk, %node, %error, "not deleted"),
-        Err(OrderError::Away | OrderError::TimedOut) => term.nodes.defer_delete(node, chunk),
+    let Some(_claim) = term.repairs.claimed(id, Instant::now() + ORDER_WAIT).await else {
+        return Ok(After::Done);
+    };
+    let Some(chunk) = read(term, id).filter(|chunk| chunk.phase() == Phase::Sealed) else {
+        return Ok(After::Done);
+    };
+    let listed = chunk.nodes.contains(&node.get());
+    if !listed && is_whole(term, &chunk) {
+        return Ok(After::Another(Job::Delete { node, chunk: id }));
+    }
+    let length = ByteLen(chunk.committed);
+    match cut_one(term, id, Epoch(chunk.epoch), length, node).await {
+        Ok(_) if listed => term.repairs.is_there(id, node),
+        Ok(_) => {
+            let add = v1::AddReplica { chunk: id.get(), node: node.get() };
+            if let Err(error) = term.shared.system(system::Op::AddReplica(add)).await? {
+                tracing::info!(chunk = %id, %node, %error, "a replica was found but not counted");
+            }
+        }
+        Err(OrderError::Refused(error)) if listed => {
+            if term.repairs.flawed(id, node, error.code == v1::ErrorCode::ErrorNoChunk) {
+                tracing::error!(chunk = %id, %node, %error, "a replica is damaged or missing");
+            }
+        }
+        Err(OrderError::Refused(error)) => {
+            tracing::info!(chunk = %id, %node, %error, "a replica that does not count cannot be closed");
+            return Ok(After::Another(Job::Delete { node, chunk: id }));
+        }
+        Err(error @ (OrderError::Away | OrderError::TimedOut)) => {
+            tracing::info!(chunk = %id, %node, %error, "not closed");
+        }
+    }
+    repairing::consider(term, id);
+    Ok(After::Done)
+}
+
+fn is_whole(term: &Term, chunk: &v1::ChunkState) -> bool {
+    let (holders, flaws) = (term.nodes.holders(chunk), term.repairs.flaws(ChunkId(chunk.chunk)));
+    Replicas::new(chunk, &holders, &flaws).is_whole()
+}
+
+/// Has a daemon delete a replica that does not count, judged by what is applied while nobody else may change that. One that
+/// is away has its replicas judged when it is back.
+async fn delete(term: &Term, node: NodeId, id: ChunkId) -> After {
+    let Some(_claim) = term.repairs.claimed(id, Instant::now() + ORDER_WAIT).await else {
+        return After::Done;
+    };
+    if !term.nodes.is_attached(node) || !is_garbage(term, node, id) {
+        return After::Done;
+    }
+    let op = order::Op::Delete(v1::DeleteOrder { chunk: id.get() });
+    match term.nodes.order(term.number, node, &op, Instant::now() + ORDER_WAIT).await {
+        Ok(_) | Err(OrderError::Away) => After::Done,
+        Err(OrderError::Refused(error)) => {
+            tracing::warn!(chunk = %id, %node, %error, "not deleted");
+            After::Done
+        }
+        Err(OrderError::TimedOut) => After::Another(Job::Delete { node, chunk: id }),
+    }
+}
+
+/// Whether nobody needs a daemon's replica: its chunk was dropped, or is sealed, does not list it and is safe without it.
+fn is_garbage(term: &Term, node: NodeId, id: ChunkId) -> bool {
+    let kv = term.kv();
+    match state::chunk_state(&*kv, id).and_then(|chunk| Ok((chunk, state::cluster_row(&*kv)?))) {
+        Ok((Some(chunk), _)) => {
+            let (holders, flaws) = (term.nodes.holders(&chunk), term.repairs.flaws(id));
+            let safe = chunk.live == 0 || Replicas::new(&chunk, &holders, &flaws).is_safe_without(node);
+            chunk.phase() == Phase::Sealed && !chunk.nodes.contains(&node.get()) && safe
+        }
+        // Numbers are given once: one that was given and is not there any more was dropped.
+        Ok((None, Some(cluster))) => id.get() < cluster.next_chunk,
+        Ok((None, None)) => false,
+        Err(error) => {
+            super::store_failed("reading a chunk", &error);
+            false
+        }
     }
 }
 
 /// A chunk as applied; None when it is gone, or when the store fails (which is logged).
-fn read(term: &Term, chunk: ChunkId) -> Option<v1::ChunkState> {
+pub fn read(term: &Term, chunk: ChunkId) -> Option<v1::ChunkState> {
     match state::chunk_state(&*term.kv(), chunk) {
         Ok(state) => state,
         Err(error) => {
@@ -212,27 +279,39 @@ fn read(term: &Term, chunk: ChunkId) -> Option<v1::ChunkState> {
     }
 }
 
-/// What a daemon's report means for one chunk it has: a job, or something to count.
+/// What a daemon's report means for one chunk it has.
 pub enum Report {
     Fine,
     Job(Job),
+    /// Of no chunk that there ever was: left alone.
     Unknown,
     Damaged,
 }
 
-/// Judges one replica by what the daemon found and by what was applied.
-pub fn judge(node: NodeId, found: &v1::ChunkFound, chunk: Option<&v1::ChunkState>) -> Report {
-    let Some(chunk) = chunk else { return Report::Unknown };
-    let id = ChunkId(chunk.chunk);
+/// Judges one replica by what the daemon found and by what was applied; `next_chunk`: numbers below it were given.
+pub fn judge(
+    node: NodeId,
+    found: &v1::ChunkFound,
+    chunk: Option<&v1::ChunkState>,
+    next_chunk: u64,
+) -> Report {
+    let id = ChunkId(found.chunk);
+    let Some(chunk) = chunk else {
+        let given = found.chunk < next_chunk;
+        return if given { Report::Job(Job::Delete { node, chunk: id }) } else { Report::Unknown };
+    };
     match chunk.phase() {
         Phase::Open => Report::Fine,
         Phase::Fenced => Report::Job(Job::Seal(id)),
         Phase::Sealed => {
             let listed = chunk.nodes.contains(&node.get());
-            if found.damaged || found.length < chunk.committed {
-                return if listed { Report::Damaged } else { Report::Fine };
+            let damaged = found.damaged || found.length < chunk.committed;
+            match (listed, damaged) {
+                (true, true) => Report::Damaged,
+                (true, false) if found.sealed => Report::Fine,
+                (false, true) => Report::Job(Job::Delete { node, chunk: id }),
+                (_, false) => Report::Job(Job::Mend { node, chunk: id }),
             }
-            if listed && found.sealed { Report::Fine } else { Report::Job(Job::Mend { node, chunk: id }) }
         }
     }
 }

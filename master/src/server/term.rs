@@ -3,9 +3,10 @@
 use super::jobs::Jobs;
 use super::memory::{Memory, Session};
 use super::nodes::Nodes;
+use super::repairing::Repairs;
 use super::{Gone, Shared, store_failed};
 use crate::leases::table::{Kind, Notes};
-use crate::placement::{Placement, SpreadByHost};
+use crate::placement::{Placement, Spread};
 use crate::state;
 use bytes::Bytes;
 use dfs_proto::v1::{self, ErrorCode, SessionRow, system, system_answer};
@@ -29,6 +30,7 @@ pub struct Term {
     pub chunk_size: u64,
     pub nodes: Nodes,
     pub jobs: Jobs,
+    pub repairs: Repairs,
     pub placement: Box<dyn Placement>,
     pub census: Mutex<super::census::Census>,
     /// Locked alone: while it is held no other lock is taken.
@@ -89,7 +91,8 @@ impl Term {
             chunk_size: cluster.chunk_size,
             nodes: Nodes::new(Arc::clone(&shared.env.clock), nodes, elected),
             jobs: Jobs::default(),
-            placement: Box::new(SpreadByHost),
+            repairs: Repairs::default(),
+            placement: Box::new(Spread),
             census: Mutex::default(),
             memory: Mutex::new(Memory::new(sessions, notes_of(leased), elected)),
             ended: watch::Sender::new(false),
@@ -119,6 +122,7 @@ impl Term {
     pub fn end(&self) {
         self.ended.send_replace(true);
         self.jobs.close();
+        self.repairs.close();
     }
 
     /// Becomes true when the term is over.

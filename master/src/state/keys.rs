@@ -250,6 +250,12 @@ pub fn replica(node: NodeId, chunk: ChunkId) -> Vec<u8> {
     key(tag::REPLICA, &[node.get(), chunk.get()], &[])
 }
 
+/// The chunks of which the node holds a replica.
+#[must_use]
+pub fn replicas_of(node: NodeId) -> KeyRange {
+    all_with(key(tag::REPLICA, &[node.get()], &[]))
+}
+
 /// The number at place `index` after the tag; None when the key is too short to hold it.
 #[must_use]
 pub fn number(key: &[u8], index: usize) -> Option<u64> {

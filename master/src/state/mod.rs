@@ -23,7 +23,7 @@ use dfs_proto::v1::{self, ErrorCode, Timestamp, answer, command, mutation, syste
 use dfs_proto::{FsError, SessionId};
 pub use invariants::check_invariants;
 pub use kv::{Kv, MemKv, WriteSet};
-use ops::{Caller, State, attr, chunk, create, data, orphan, remove, rename, session, xattr};
+use ops::{Caller, State, attr, chunk, create, data, node, orphan, remove, rename, session, xattr};
 pub use query::{access_of_holder, check_open, layout, query};
 pub use read::*;
 use rows::{OpResult, answered, corrupt, refused};
@@ -201,13 +201,16 @@ fn apply_system(s: &mut State<'_>, op: &v1::System) -> OpResult<system_answer::B
         Some(system::Op::Init(_)) => Ok(system_answer::Body::Empty(v1::Empty {})),
         Some(system::Op::OpenSession(op)) => Ok(session::open(s, op)),
         Some(system::Op::CloseSession(op)) => session::close(s, op),
-        Some(system::Op::RegisterNode(op)) => session::register_node(s, op),
+        Some(system::Op::RegisterNode(op)) => node::register(s, op),
         Some(system::Op::FenceChunk(op)) => chunk::fence(s, op),
         Some(system::Op::SealedChunk(op)) => chunk::sealed(s, op),
         Some(system::Op::Reap(op)) => orphan::reap(s, op),
         Some(system::Op::AddReplica(op)) => chunk::add_replica(s, op),
         Some(system::Op::DropChunks(op)) => chunk::drop_chunks(s, op),
         Some(system::Op::NoteLeases(op)) => session::note_leases(s, op),
+        Some(system::Op::DropReplica(op)) => chunk::drop_replica(s, op),
+        Some(system::Op::DrainNode(op)) => node::drain(s, op),
+        Some(system::Op::RemoveNode(op)) => node::remove(s, op),
         None => refused(ErrorCode::ErrorNotSupported, "a command this master does not know"),
     }
 }

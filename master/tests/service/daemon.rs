@@ -139,7 +139,7 @@ async fn run(memory: Arc<Mutex<Memory>>, out: mpsc::Sender<NodeFrame>, mut inbou
 }
 
 fn carry_out(memory: &mut Memory, order: Order) -> OrderDone {
-    memory.orders.push(order);
+    memory.orders.push(order.clone());
     let mut done = OrderDone { id: order.id, ..OrderDone::default() };
     match order.op.expect("an order has a kind") {
         order::Op::Fence(fence) => {
@@ -158,6 +158,12 @@ fn carry_out(memory: &mut Memory, order: Order) -> OrderDone {
         }
         order::Op::Delete(delete) => {
             memory.lengths.remove(&delete.chunk);
+            memory.sealed.remove(&delete.chunk);
+        }
+        order::Op::Copy(copy) => {
+            memory.lengths.insert(copy.chunk, copy.length);
+            memory.sealed.insert(copy.chunk, copy.length);
+            done.length = copy.length;
         }
     }
     done

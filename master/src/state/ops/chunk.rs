@@ -138,6 +138,25 @@ pub fn add_replica(s: &mut State<'_>, op: &v1::AddReplica) -> OpResult<system_an
     Ok(system_answer::Body::Fenced(state))
 }
 
+/// One replica less. Whoever decided that relied on others: they must still be there.
+pub fn drop_replica(s: &mut State<'_>, op: &v1::DropReplica) -> OpResult<system_answer::Body> {
+    let mut state = existing(s, op.chunk)?;
+    if state.phase() != Phase::Sealed {
+        return refused(ErrorCode::ErrorConflict, "the chunk is not sealed");
+    }
+    let stays = |node: &u64| *node != op.node && state.nodes.contains(node);
+    if op.relied.is_empty() || !op.relied.iter().all(stays) {
+        let text = format!("the replicas are {:?}, not {:?} without {}", state.nodes, op.relied, op.node);
+        return refused(ErrorCode::ErrorConflict, text);
+    }
+    if state.nodes.contains(&op.node) {
+        state.nodes.retain(|node| *node != op.node);
+        s.tx.delete(keys::replica(NodeId(op.node), ChunkId(op.chunk)));
+        s.tx.put_chunk(&state);
+    }
+    Ok(system_answer::Body::Fenced(state))
+}
+
 /// Forgets sealed chunks that nothing uses; answers which it forgot.
 pub fn drop_chunks(s: &mut State<'_>, op: &v1::DropChunks) -> OpResult<system_answer::Body> {
     if op.chunks.len() > REAP_ROWS_MAX {

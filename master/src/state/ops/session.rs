@@ -1,4 +1,4 @@
-//! The cluster's first command, sessions and chunk daemons.
+//! The cluster's first command, and sessions.
 
 use super::State;
 use super::create::GENERATION;
@@ -7,7 +7,7 @@ use crate::state::rows::{Inode, OpResult, number};
 use bytes::Bytes;
 use dfs_proto::limits::{CHUNK_SIZE_MAX, CHUNK_SIZE_MIN, REPLICAS_MAX};
 use dfs_proto::v1::{self, Attr, ErrorCode, Kind, LeaseKind, Timestamp, system_answer::Body};
-use dfs_proto::{ByteLen, FsError, InodeNo, NodeId, SessionId};
+use dfs_proto::{ByteLen, FsError, InodeNo, SessionId};
 
 /// The settings of a new cluster, as they were in its first command.
 pub fn first_cluster_row(op: &v1::Init, now: Timestamp) -> Result<v1::ClusterRow, FsError> {
@@ -96,19 +96,5 @@ pub fn note_leases(s: &mut State<'_>, op: &v1::NoteLeases) -> OpResult<Body> {
             }
         }
     }
-    Ok(Body::Empty(v1::Empty {}))
-}
-
-pub fn register_node(s: &mut State<'_>, op: &v1::RegisterNode) -> OpResult<Body> {
-    if op.node == 0 || op.address.is_empty() {
-        return Err(FsError::new(ErrorCode::ErrorInvalid, "a chunk daemon without number or address").into());
-    }
-    let row = v1::NodeRow {
-        node: op.node,
-        address: op.address.clone(),
-        host: op.host.clone(),
-        rack: op.rack.clone(),
-    };
-    s.tx.put_row(keys::node(NodeId(op.node)), &row);
     Ok(Body::Empty(v1::Empty {}))
 }
