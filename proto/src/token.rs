@@ -83,16 +83,17 @@ impl ClusterKey {
         mac.len() == MAC && self.keyed(purpose, message).verify_truncated_left(mac).is_ok()
     }
 
-    /// The proof that whoever has a session evicted at this time (milliseconds since 1970) has the key.
+    /// The proof that whoever orders something done to a session or a node at this time (milliseconds since 1970) has the
+    /// key. `what` names the order.
     #[must_use]
-    pub fn eviction(&self, session: SessionId, now_ms: u64) -> [u8; MAC] {
-        self.mac("evict", &eviction_message(session, now_ms))
+    pub fn proof(&self, what: &str, number: u64, now_ms: u64) -> [u8; MAC] {
+        self.mac(what, &order_message(number, now_ms))
     }
 
-    /// Whether such a proof is good; see [`ClusterKey::eviction`].
+    /// Whether such a proof is good; see [`ClusterKey::proof`].
     #[must_use]
-    pub fn verify_eviction(&self, session: SessionId, now_ms: u64, proof: &[u8]) -> bool {
-        self.verify("evict", &eviction_message(session, now_ms), proof)
+    pub fn verify_proof(&self, what: &str, number: u64, now_ms: u64, proof: &[u8]) -> bool {
+        self.verify(what, &order_message(number, now_ms), proof)
     }
 
     fn keyed(&self, purpose: &str, message: &[u8]) -> Hmac<Sha256> {
@@ -150,8 +151,8 @@ impl ClusterKey {
     }
 }
 
-fn eviction_message(session: SessionId, now_ms: u64) -> Vec<u8> {
-    [session.get().to_le_bytes(), now_ms.to_le_bytes()].concat()
+fn order_message(number: u64, now_ms: u64) -> Vec<u8> {
+    [number.to_le_bytes(), now_ms.to_le_bytes()].concat()
 }
 
 impl std::fmt::Debug for ClusterKey {
@@ -183,12 +184,13 @@ mod tests {
     }
 
     #[test]
-    fn an_eviction_is_for_one_session_at_one_time() {
-        let proof = key().eviction(SessionId(7), 1000);
-        assert!(key().verify_eviction(SessionId(7), 1000, &proof));
-        assert!(!key().verify_eviction(SessionId(8), 1000, &proof));
-        assert!(!key().verify_eviction(SessionId(7), 1001, &proof));
-        assert!(!key().verify_eviction(SessionId(7), 1000, &[]));
+    fn a_proof_is_for_one_order_at_one_time() {
+        let proof = key().proof("evict", 7, 1000);
+        assert!(key().verify_proof("evict", 7, 1000, &proof));
+        assert!(!key().verify_proof("drain node", 7, 1000, &proof));
+        assert!(!key().verify_proof("evict", 8, 1000, &proof));
+        assert!(!key().verify_proof("evict", 7, 1001, &proof));
+        assert!(!key().verify_proof("evict", 7, 1000, &[]));
     }
 
     proptest! {

@@ -5,6 +5,7 @@ mod cat;
 mod client;
 mod df;
 mod get;
+mod leader;
 mod ls;
 mod mkdir;
 mod mv;

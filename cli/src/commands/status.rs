@@ -105,6 +105,14 @@ fn human(status: &StatusReply) -> String {
             text.push_str(&format!("          {count} {what}\n"));
         }
     }
+    if let Some(repair) = status.repair.filter(|repair| repair.waiting + repair.copying > 0) {
+        text.push_str(&format!(
+            "repair    {} chunks wait, {} copies are being made, {}/s\n",
+            repair.waiting,
+            repair.copying,
+            format::size(repair.bytes_per_second)
+        ));
+    }
     text.push_str(&format!(
         "raft      term {}, applied {}, snapshot {}\n\n",
         status.term, status.applied, status.snapshot
@@ -144,7 +152,7 @@ pub fn node_table(nodes: &[NodeStatus]) -> String {
                 node.address.clone(),
                 node.host.clone(),
                 node.rack.clone(),
-                node.state.clone(),
+                if node.draining { format!("{}, drained", node.state) } else { node.state.clone() },
                 node.chunks.to_string(),
                 format::size(node.used_bytes),
                 format::size(node.free_bytes),
@@ -165,6 +173,7 @@ pub fn node_json(nodes: &[NodeStatus]) -> Value {
                 "node": format!("{:016x}", node.node), "address": node.address, "host": node.host,
                 "rack": node.rack, "state": node.state, "chunks": node.chunks, "total_bytes": node.total_bytes,
                 "used_bytes": node.used_bytes, "free_bytes": node.free_bytes, "last_seen_ms": node.last_seen_ms,
+                "draining": node.draining, "flawed": node.flawed,
             })
         })
         .collect()
@@ -207,8 +216,12 @@ fn to_json(status: &StatusReply) -> Value {
                    "leases": session.leases, "requests": session.requests})
         })
         .collect();
+    let repair = status.repair.unwrap_or_default();
+    let repair = json!({"waiting": repair.waiting, "copying": repair.copying, "copied": repair.copied,
+                        "copied_bytes": repair.copied_bytes, "failed": repair.failed,
+                        "bytes_per_second": repair.bytes_per_second, "flawed": repair.flawed});
     json!({
-        "cluster_id": status.cluster_id, "term": status.term, "applied": status.applied,
+        "repair": repair, "cluster_id": status.cluster_id, "term": status.term, "applied": status.applied,
         "snapshot": status.snapshot, "masters": masters, "nodes": node_json(&status.nodes), "sessions": sessions,
         "files": status.files, "chunks": status.chunks, "live_bytes": status.live_bytes,
         "total_bytes": status.total_bytes, "free_bytes": status.free_bytes, "replicas": status.replicas,

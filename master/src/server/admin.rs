@@ -5,9 +5,11 @@ use super::nodes::millis;
 use super::repairing::Progress;
 use super::term::Term;
 use super::{Gone, Shared, store_failed};
+use crate::placement::Health;
 use crate::state;
+use dfs_proto::v1::change_node_request::Change;
 use dfs_proto::v1::{
-    self, MasterStatus, NodeStatus, RepairStatus, SessionStatus, StatusReply, StatusRequest,
+    self, MasterStatus, NodeStatus, RepairStatus, SessionStatus, StatusReply, StatusRequest, system,
 };
 use dfs_proto::{InodeNo, NodeId, SessionId};
 use std::collections::BTreeSet;
@@ -50,20 +52,66 @@ impl v1::admin_server::Admin for AdminService {
 
     async fn evict(&self, request: Request<v1::EvictRequest>) -> Result<Response<v1::EvictReply>, Status> {
         let v1::EvictRequest { session, now_ms, proof } = request.into_inner();
-        let (id, age) = (SessionId(session), self.shared.env.clock.system_ms().abs_diff(now_ms));
-        if !self.shared.key.verify_eviction(id, now_ms, &proof) {
-            return Err(Status::unauthenticated("the proof is wrong: another cluster key?"));
-        }
-        if age > PROOF_MS {
-            return Err(Status::unauthenticated("the proof is of another time: are the clocks set?"));
-        }
-        let not_here = |_| Status::unavailable("this master does not lead any more");
-        let term = self.shared.term().await.map_err(not_here)?;
-        self.shared.confirm().await.map_err(not_here)?;
+        self.check_proof("evict", session, now_ms, &proof)?;
+        let id = SessionId(session);
+        let term = self.shared.term().await.map_err(|_| not_here())?;
+        self.shared.confirm().await.map_err(|_| not_here())?;
         if !term.memory().fence(id) {
             return Err(Status::not_found(format!("there is no session {id}")));
         }
         Ok(Response::new(v1::EvictReply {}))
+    }
+
+    async fn change_node(
+        &self,
+        request: Request<v1::ChangeNodeRequest>,
+    ) -> Result<Response<v1::ChangeNodeReply>, Status> {
+        let request = request.into_inner();
+        let (change, node) = (request.change(), NodeId(request.node));
+        let what = match change {
+            Change::Drain => "drain node",
+            Change::Undrain => "undrain node",
+            Change::Remove => "remove node",
+            Change::None => return Err(Status::invalid_argument("this master does not know the order")),
+        };
+        self.check_proof(what, request.node, request.now_ms, &request.proof)?;
+        let term = self.shared.term().await.map_err(|_| not_here())?;
+        let op = if change == Change::Remove {
+            if term.nodes.is_known(node) && term.nodes.health(node) != Health::Dead {
+                let text = format!("chunk daemon {:016x} is not dead: stop it first", node.get());
+                return Err(Status::failed_precondition(text));
+            }
+            system::Op::RemoveNode(v1::RemoveNode { node: node.get() })
+        } else {
+            system::Op::DrainNode(v1::DrainNode { node: node.get(), drain: change == Change::Drain })
+        };
+        if let Err(error) = self.shared.system(op).await.map_err(|_| not_here())? {
+            return Err(Status::failed_precondition(error.message));
+        }
+        match change {
+            Change::Remove => term.nodes.remove(node),
+            Change::Drain | Change::Undrain => term.nodes.set_draining(node, change == Change::Drain),
+            Change::None => {}
+        }
+        tracing::info!(node = format_args!("{:016x}", node.get()), "{what}");
+        Ok(Response::new(v1::ChangeNodeReply {}))
+    }
+}
+
+fn not_here() -> Status {
+    Status::unavailable("this master does not lead any more")
+}
+
+impl AdminService {
+    /// Whoever orders something shows that he has the cluster key, now.
+    fn check_proof(&self, what: &str, number: u64, now_ms: u64, proof: &[u8]) -> Result<(), Status> {
+        if !self.shared.key.verify_proof(what, number, now_ms, proof) {
+            return Err(Status::unauthenticated("the proof is wrong: another cluster key?"));
+        }
+        if self.shared.env.clock.system_ms().abs_diff(now_ms) > PROOF_MS {
+            return Err(Status::unauthenticated("the proof is of another time: are the clocks set?"));
+        }
+        Ok(())
     }
 }
 

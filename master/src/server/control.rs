@@ -142,11 +142,7 @@ async fn admit(
     }
     // Another process may have come in between.
     term.nodes.admit(id, hello.instance)?;
-    tracing::info!(
-        node = format_args!("{:016x}", id.get()),
-        address = row.address,
-        "a chunk daemon attached"
-    );
+    tracing::info!(node = repairing::hex(id), address = row.address, "a chunk daemon attached");
     let Attached { generation, orders } = term.nodes.attach(row, hello.instance);
     let ended = term.ended();
     term.repairs.returned(id);
@@ -222,15 +218,12 @@ impl NodeLink {
                     Err(Superseded) => return None,
                 },
                 Ok(None) => {
-                    tracing::info!(
-                        node = format_args!("{:016x}", self.node.get()),
-                        "a chunk daemon detached"
-                    );
+                    tracing::info!(node = repairing::hex(self.node), "a chunk daemon detached");
                     return None;
                 }
                 Err(status) => {
                     tracing::info!(
-                        node = format_args!("{:016x}", self.node.get()),
+                        node = repairing::hex(self.node),
                         error = status.message(),
                         "a chunk daemon is gone"
                     );
@@ -285,7 +278,7 @@ impl NodeLink {
                 Report::Unknown => unknown += 1,
                 Report::Damaged => {
                     if self.term.repairs.flawed(id, self.node, false) {
-                        tracing::error!(chunk = %id, node = %self.node, "a replica is damaged");
+                        tracing::error!(chunk = %id, node = repairing::hex(self.node), "a replica is damaged");
                     }
                     repairing::consider(&self.term, id);
                 }

@@ -333,6 +333,11 @@ impl Nodes {
         }
     }
 
+    /// Whether a daemon ever registered and was not removed.
+    pub fn is_known(&self, node: NodeId) -> bool {
+        self.table().nodes.contains_key(&node)
+    }
+
     /// A daemon was removed. Its stream ends.
     pub fn remove(&self, node: NodeId) {
         self.table().nodes.remove(&node);

@@ -373,11 +373,11 @@ async fn copy(term: &Term, chunk: &ChunkState, to: NodeId, sources: &[NodeId], a
     };
     match result {
         Ok(_) => {
-            tracing::info!(chunk = %id, to = %to, length = chunk.committed, anew, "a replica was made");
+            tracing::info!(chunk = %id, node = hex(to), length = chunk.committed, anew, "a replica was made");
             true
         }
         Err(error) => {
-            tracing::warn!(chunk = %id, to = %to, %error, "a replica could not be made");
+            tracing::warn!(chunk = %id, node = hex(to), %error, "a replica could not be made");
             // Its disk may have failed, or be full: next time another daemon is asked. Sources that fail are not its fault.
             if let OrderError::Refused(error) = &error
                 && matches!(error.code, ErrorCode::ErrorIo | ErrorCode::ErrorNoSpace)
@@ -396,7 +396,7 @@ async fn count(term: &Term, chunk: &ChunkState, node: NodeId) -> Result<bool, Go
         let add = v1::AddReplica { chunk: chunk.chunk, node: node.get() };
         if let Err(error) = term.shared.system(system::Op::AddReplica(add)).await? {
             // The chunk may have been dropped meanwhile; what was copied is found by the next report.
-            tracing::info!(chunk = %id, %node, %error, "a replica was made but not counted");
+            tracing::info!(chunk = %id, node = hex(node), %error, "a replica was made but not counted");
             term.jobs.add(Job::Delete { node, chunk: id }, false);
             return Ok(false);
         }
@@ -410,13 +410,18 @@ async fn drop_replica(term: &Term, id: ChunkId, node: NodeId, relied: &[NodeId])
     let relied = relied.iter().map(|node| node.get()).collect();
     let drop = v1::DropReplica { chunk: id.get(), node: node.get(), relied };
     if let Err(error) = term.shared.system(system::Op::DropReplica(drop)).await? {
-        tracing::info!(chunk = %id, %node, %error, "a replica was not dropped");
+        tracing::info!(chunk = %id, node = hex(node), %error, "a replica was not dropped");
         return Ok(false);
     }
-    tracing::info!(chunk = %id, %node, "a replica counts no more");
+    tracing::info!(chunk = %id, node = hex(node), "a replica counts no more");
     term.repairs.mended(id, node);
     term.jobs.add(Job::Delete { node, chunk: id }, false);
     Ok(true)
+}
+
+/// A daemon as `dfs node ls` shows it.
+pub fn hex(node: NodeId) -> tracing::field::DisplayValue<String> {
+    tracing::field::display(format!("{:016x}", node.get()))
 }
 
 /// Queues a chunk if it is not as it should be.

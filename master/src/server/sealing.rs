@@ -145,7 +145,7 @@ async fn ask(term: &Term, sealing: &mut Sealing, chunk: ChunkId, epoch: Epoch, n
         let event = match result {
             Ok(done) => Event::Answered(node, ByteLen(done.length)),
             Err(error) => {
-                tracing::info!(%chunk, %node, %error, "not fenced");
+                tracing::info!(%chunk, node = repairing::hex(node), %error, "not fenced");
                 if matches!(error, OrderError::TimedOut) {
                     term.nodes.suspect(node);
                 }
@@ -164,7 +164,7 @@ async fn ask(term: &Term, sealing: &mut Sealing, chunk: ChunkId, epoch: Epoch, n
 async fn cut(term: &Term, chunk: ChunkId, epoch: Epoch, length: ByteLen, nodes: Vec<NodeId>) {
     let orders = nodes.into_iter().filter(|node| term.nodes.is_attached(*node)).map(|node| async move {
         if let Err(error) = cut_one(term, chunk, epoch, length, node).await {
-            tracing::info!(%chunk, %node, %error, "not closed");
+            tracing::info!(%chunk, node = repairing::hex(node), %error, "not closed");
         }
     });
     futures::future::join_all(orders).await;
@@ -204,20 +204,20 @@ async fn mend(term: &Term, node: NodeId, id: ChunkId) -> Result<After, Gone> {
         Ok(_) => {
             let add = v1::AddReplica { chunk: id.get(), node: node.get() };
             if let Err(error) = term.shared.system(system::Op::AddReplica(add)).await? {
-                tracing::info!(chunk = %id, %node, %error, "a replica was found but not counted");
+                tracing::info!(chunk = %id, node = repairing::hex(node), %error, "a replica was found but not counted");
             }
         }
         Err(OrderError::Refused(error)) if listed => {
             if term.repairs.flawed(id, node, error.code == v1::ErrorCode::ErrorNoChunk) {
-                tracing::error!(chunk = %id, %node, %error, "a replica is damaged or missing");
+                tracing::error!(chunk = %id, node = repairing::hex(node), %error, "a replica is damaged or missing");
             }
         }
         Err(OrderError::Refused(error)) => {
-            tracing::info!(chunk = %id, %node, %error, "a replica that does not count cannot be closed");
+            tracing::info!(chunk = %id, node = repairing::hex(node), %error, "a replica that does not count cannot be closed");
             return Ok(After::Another(Job::Delete { node, chunk: id }));
         }
         Err(error @ (OrderError::Away | OrderError::TimedOut)) => {
-            tracing::info!(chunk = %id, %node, %error, "not closed");
+            tracing::info!(chunk = %id, node = repairing::hex(node), %error, "not closed");
         }
     }
     repairing::consider(term, id);
@@ -242,7 +242,7 @@ async fn delete(term: &Term, node: NodeId, id: ChunkId) -> After {
     match term.nodes.order(term.number, node, &op, Instant::now() + ORDER_WAIT).await {
         Ok(_) | Err(OrderError::Away) => After::Done,
         Err(OrderError::Refused(error)) => {
-            tracing::warn!(chunk = %id, %node, %error, "not deleted");
+            tracing::warn!(chunk = %id, node = repairing::hex(node), %error, "not deleted");
             After::Done
         }
         Err(OrderError::TimedOut) => After::Another(Job::Delete { node, chunk: id }),

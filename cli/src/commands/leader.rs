@@ -1,0 +1,68 @@
+//! Orders to the leading master, which wants to see that whoever gives them has the cluster key.
+
+use super::Context;
+use super::status::ask;
+use crate::Result;
+use crate::error::CliError;
+use dfs_client::v1::admin_client::AdminClient;
+use dfs_env::rpc::{Tuning, connect};
+use dfs_proto::token::ClusterKey;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::time::timeout;
+use tonic::transport::Channel;
+
+/// How long the master may take to answer.
+const ANSWER: Duration = Duration::from_secs(10);
+
+#[derive(clap::Args, Debug)]
+pub struct KeyFile {
+    /// The cluster key
+    #[arg(long, value_name = "FILE", default_value = "/etc/dfs/cluster.key")]
+    cluster_key_file: PathBuf,
+}
+
+/// Who gives orders.
+pub struct Authority {
+    key: ClusterKey,
+    now_ms: u64,
+}
+
+impl Authority {
+    pub fn now_ms(&self) -> u64 {
+        self.now_ms
+    }
+
+    pub fn proof(&self, what: &str, number: u64) -> bytes::Bytes {
+        self.key.proof(what, number, self.now_ms).to_vec().into()
+    }
+}
+
+impl KeyFile {
+    /// Has the leader carry out an order.
+    pub async fn order<T>(
+        &self,
+        context: &Context,
+        order: impl AsyncFnOnce(AdminClient<Channel>, Authority) -> std::result::Result<T, tonic::Status>,
+    ) -> Result<T> {
+        let shown = self.cluster_key_file.display();
+        let key = context.env.disk.read(&self.cluster_key_file);
+        let key = key.map_err(|error| CliError::Failed(format!("{shown}: {error}")))?;
+        let key = ClusterKey::new(&key).map_err(|error| CliError::Failed(format!("{shown}: {error}")))?;
+        let status = ask(context, false).await?;
+        let leader = status.masters.iter().find(|master| master.leader).map(|master| master.address.clone());
+        let leader = leader.ok_or_else(|| CliError::Failed("no master leads".to_owned()))?;
+        let ordering = async {
+            let channel =
+                connect(&context.env, &leader, Tuning::default()).await.map_err(|error| error.to_string())?;
+            let authority = Authority { key, now_ms: context.env.clock.system_ms() };
+            let answer = order(AdminClient::new(channel), authority).await;
+            answer.map_err(|status| status.message().to_owned())
+        };
+        match timeout(ANSWER, ordering).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(cause)) => Err(CliError::Failed(format!("{leader}: {cause}"))),
+            Err(_) => Err(CliError::Failed(format!("{leader}: no answer within {ANSWER:?}"))),
+        }
+    }
+}
