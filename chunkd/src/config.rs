@@ -28,6 +28,13 @@ pub struct Config {
     /// What is left free on each disk.
     #[serde(default = "default_reserve")]
     pub reserve: ByteSize,
+    /// Bytes a second that are verified in search of damage; 0: none.
+    #[serde(default = "default_scrub")]
+    pub scrub_bandwidth: ByteSize,
+}
+
+fn default_scrub() -> ByteSize {
+    ByteSize(8 << 20)
 }
 
 fn default_reserve() -> ByteSize {

@@ -105,6 +105,13 @@ impl Daemon {
         let (masters, terms) = (config.masters, Arc::new(claim.terms));
         let copier = Arc::new(Copier::new(env.clone(), store.clone(), key.clone()));
         let control = Control { env, store: store.clone(), copier, key, masters, info, terms };
+        let (scrubbed, mut stopped) = (store.clone(), stopping.clone());
+        let scrub = async move {
+            tokio::select! {
+                () = scrubbed.scrub(config.scrub_bandwidth.get()) => {}
+                _ = stopped.wait_for(|stopping| *stopping) => {}
+            }
+        };
         let tasks = vec![
             tokio::spawn(async move {
                 if let Err(error) = serving.await {
@@ -112,6 +119,7 @@ impl Daemon {
                 }
             }),
             tokio::spawn(control.run(stopping)),
+            tokio::spawn(scrub),
         ];
         tracing::info!(node = claim.node, address, cluster, "the chunk daemon serves");
         Ok(Self { address, node: claim.node, store, stop, tasks, _locks: claim.locks })

@@ -90,6 +90,10 @@ pub trait DiskFile: Send + Sync + 'static {
     fn set_len(&self, length: u64) -> io::Result<()>;
     /// Makes the bytes and the length durable (fdatasync).
     fn sync_data(&self) -> io::Result<()>;
+    /// Lets the next reads come from the medium, as far as the system does that: what is in its memory may be forgotten.
+    fn forget_cached(&self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Adds exactly `length` bytes at `offset` to a buffer; `UnexpectedEof` when the file ends before, and then the buffer
     /// is as it was.
@@ -252,6 +256,15 @@ impl DiskFile for RealFile {
 
     fn set_len(&self, length: u64) -> io::Result<()> {
         self.0.set_len(length)
+    }
+
+    fn forget_cached(&self) -> io::Result<()> {
+        use std::os::fd::AsRawFd;
+        // SAFETY: the call takes no memory of ours.
+        match unsafe { libc::posix_fadvise(self.0.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+            0 => Ok(()),
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
     }
 
     fn sync_data(&self) -> io::Result<()> {

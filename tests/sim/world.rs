@@ -285,6 +285,7 @@ fn start_chunkd(sim: &mut turmoil::Sim<'_>, id: u64, seed: u64) -> Machine {
                 rack: String::new(),
                 capacity: None,
                 reserve: ByteSize(0),
+                scrub_bandwidth: ByteSize(64 << 10),
             };
             let _daemon = dfs_chunkd::Daemon::start(env, config).await?;
             std::future::pending::<()>().await;

@@ -135,6 +135,31 @@ async fn a_copy_leaves_a_directory_that_has_failed() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_flipped_bit_of_a_sealed_chunk_is_found_by_a_scrub(
+        lengths in proptest::collection::vec(prop_oneof![1_usize..50, 500_usize..40_000], 1..6),
+        bit: proptest::sample::Index,
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("runtime");
+        runtime.block_on(async {
+            let disk = TestDisk::default();
+            let store = open(&disk).await;
+            build(&store, &lengths, true).await;
+            store.order(ID, ChunkOrder::Fence(EPOCH)).await.expect("fenced");
+            seal(&store, total(&lengths)).await.expect("sealed");
+            let bytes = disk.content(&path()).expect("there").len();
+            assert_eq!(store.verify(ID).await, Ok(bytes as u64));
+            let bit = bit.index(bytes * 8);
+            disk.tamper(&path(), |bytes| bytes[bit / 8] ^= 1 << (bit % 8));
+            assert_eq!(code(store.verify(ID).await), ErrorCode::ErrorCorrupt);
+            assert!(store.rotten().await[0].damaged);
+        });
+    }
+}
+
+proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
     /// Wherever the power goes: afterwards there is what was there before, or the whole copy; the copy once it was answered.

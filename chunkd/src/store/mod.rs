@@ -11,6 +11,7 @@ pub mod orders;
 pub mod queue;
 pub mod read;
 pub mod recovery;
+pub mod scrub;
 
 use crate::lock;
 use append::NewRecord;

@@ -1,11 +1,12 @@
 //! Reading from a chunk: whole checksum units that cover a range, with the checksums that were stored with them.
 //!
-//! Headers are verified here, because they decide which bytes are sent; payloads are verified by whoever asked, end to
-//! end, so a bit that flips on the way is found too.
+//! Everything is verified here, so that damage is found where it is and reported to the master; and once more, end to end, by
+//! whoever asked, so that a bit that flips on the way is found too.
 
 use super::file::Chunk;
 use super::format::{Entry, Record};
 use bytes::Bytes;
+use dfs_proto::checksum::crc32c;
 use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::{CHECKSUM_UNIT, READ_MAX};
 use dfs_proto::{FsError, FsResult, v1};
@@ -94,6 +95,14 @@ impl Chunk {
                 file.append_exact_at(&mut data, part.payload.len(), from)
                     .map_err(|error| self.unreadable(part.entry.offset, &error))?;
             }
+        }
+        let mut at = 0;
+        for unit in &units {
+            let end = at + unit.length as usize;
+            if crc32c(&data[at..end]) != unit.checksum {
+                return Err(self.corrupt(start + at as u64, "its checksum does not match"));
+            }
+            at = end;
         }
         Ok(Piece { start, units, data: Bytes::from(data) })
     }

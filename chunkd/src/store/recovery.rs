@@ -141,6 +141,43 @@ pub fn rebuild_index(file: &dyn DiskFile, chunk: ChunkId, length: u64) -> io::Re
     Ok((scan.length == length).then_some(scan.index))
 }
 
+/// Reads a sealed file from end to end: its length and digest, or what is wrong with it.
+///
+/// # Errors
+/// What the disk says.
+pub fn verify(file: &dyn DiskFile, chunk: ChunkId) -> io::Result<Result<(u64, u32), String>> {
+    let file_len = file.len()?;
+    if file_len < (FILE_HEADER + TRAILER) as u64 {
+        return Ok(Err("it is too short".to_owned()));
+    }
+    let mut bytes = [0; FILE_HEADER];
+    file.read_exact_at(&mut bytes, CHUNK_HEADER_AT)?;
+    match FileHeader::decode(&bytes) {
+        Ok(header) if header.chunk == chunk && header.sealed => {}
+        Ok(_) => return Ok(Err("its header is another one".to_owned())),
+        Err(error) => return Ok(Err(format!("its header: {error}"))),
+    }
+    let mut scan = Scan::new(file, chunk, file_len);
+    scan.run()?;
+    if !scan.seal {
+        let text = format!("no valid record at offset {}, file byte {}", scan.length, scan.position);
+        return Ok(Err(text));
+    }
+    let fits = match (read_trailer(file, chunk, file_len)?, read_footer(file, chunk)?) {
+        (Some(trailer), Ok(index)) => {
+            (trailer.index_position, trailer.length.get(), trailer.digest)
+                == (scan.position, scan.length, scan.digest)
+                && index == scan.index
+        }
+        _ => false,
+    };
+    Ok(if fits {
+        Ok((scan.length, scan.digest))
+    } else {
+        Err("its footer does not fit the records".to_owned())
+    })
+}
+
 fn sealed(capacity: ByteLen, trailer: &Trailer, file_len: u64) -> Found {
     Found {
         condition: Condition::Sealed,

@@ -36,6 +36,7 @@ pub fn config(dir: &Path, name: &str) -> Config {
         rack: String::new(),
         capacity: None,
         reserve: 0.into(),
+        scrub_bandwidth: 0.into(),
     }
 }
 

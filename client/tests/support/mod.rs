@@ -106,6 +106,7 @@ impl Cluster {
             rack: String::new(),
             capacity: None,
             reserve: ByteSize(0),
+            scrub_bandwidth: 0.into(),
         };
         Daemon::start(Env::real(), config).await.expect("a chunk daemon")
     }
