@@ -202,7 +202,7 @@ impl Control {
             loop {
                 tokio::select! {
                     _ = beats.tick() => break,
-                    rotten = self.store.rotten() => send(frames, report(&rotten, false)).await?,
+                    noted = self.store.noted() => send(frames, report(&noted, false)).await?,
                 }
             }
             send(frames, self.heartbeat(seq).await).await?;
@@ -269,24 +269,27 @@ impl Control {
             let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { continue };
             let (control, frames) = (self.clone(), frames.clone());
             tokio::spawn(async move {
-                let done = control.carry_out(order).await;
-                // A master that is gone orders again when it is back.
-                drop(frames.send(v1::NodeFrame { done: Some(done), ..Default::default() }).await);
+                let (chunk, done) = control.carry_out(order).await;
+                // A master that is gone orders again when it is back; it should know what was done meanwhile.
+                if frames.send(v1::NodeFrame { done: Some(done), ..Default::default() }).await.is_err() {
+                    control.store.note(chunk);
+                }
                 drop(slot);
             });
         }
     }
 
-    async fn carry_out(&self, order: v1::Order) -> v1::OrderDone {
+    async fn carry_out(&self, order: v1::Order) -> (ChunkId, v1::OrderDone) {
         let id = order.id;
         let chunk = match &order.op {
             Some(v1::order::Op::Fence(fence)) => fence.chunk,
             Some(v1::order::Op::Seal(seal)) => seal.chunk,
             Some(v1::order::Op::Delete(delete)) => delete.chunk,
             Some(v1::order::Op::Copy(copy)) => copy.chunk,
+            Some(v1::order::Op::Verify(verify)) => verify.chunk,
             None => 0,
         };
-        match self.obey(order).await {
+        let done = match self.obey(order).await {
             Ok(settled) => v1::OrderDone {
                 id,
                 failure: None,
@@ -299,7 +302,8 @@ impl Control {
                 let length = self.store.held(ChunkId(chunk)).map_or(0, |held| held.length);
                 v1::OrderDone { id, failure: Some(error.into()), length, ..Default::default() }
             }
-        }
+        };
+        (ChunkId(chunk), done)
     }
 
     async fn obey(&self, order: v1::Order) -> FsResult<Settled> {
@@ -312,6 +316,7 @@ impl Control {
             }
             Some(Op::Delete(delete)) => (delete.chunk, ChunkOrder::Delete),
             Some(Op::Copy(copy)) => return self.copier.copy(copy).await,
+            Some(Op::Verify(verify)) => return self.store.verify(ChunkId(verify.chunk)).await,
             None => {
                 return Err(FsError::new(
                     ErrorCode::ErrorNotSupported,

@@ -19,12 +19,23 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Streaming;
 
+/// How often it is looked whether a copy that is being made already is done.
+const JOIN: Duration = Duration::from_millis(200);
+
 /// Makes copies for a daemon.
 pub struct Copier {
     env: Env,
     store: Store,
     key: ClusterKey,
     throttle: Throttle,
+}
+
+/// Whose fault it is that no more records come.
+enum Failed {
+    /// The source's: another one is asked.
+    There(FsError),
+    /// This daemon's disk has failed or is full: the copy is given up.
+    Here(FsError),
 }
 
 /// A replica that is being made: by one task, on the disk's threads.
@@ -71,11 +82,17 @@ impl Copier {
     /// the sources together do not have every record; what the disk says.
     pub async fn copy(&self, order: v1::CopyOrder) -> FsResult<Settled> {
         let chunk = ChunkId(order.chunk);
-        if let Some(settled) = self.is_here(&order) {
-            return Ok(settled);
-        }
         let (epoch, capacity) = (Epoch(order.epoch), ByteLen(order.capacity));
-        let draft = self.store.draft(chunk, epoch, capacity, order.length).await?;
+        let draft = loop {
+            if let Some(settled) = self.is_here(&order).await {
+                return Ok(settled);
+            }
+            match self.store.draft(chunk, epoch, capacity, order.length).await {
+                // The order was repeated: the copy that is being made is the one that is wanted.
+                Err(error) if error.code == ErrorCode::ErrorBusy => tokio::time::sleep(JOIN).await,
+                draft => break draft?,
+            }
+        };
         let draft = Making(Arc::new(Mutex::new(draft)));
         self.gather(&draft, &order).await?;
         let finishing = draft.clone();
@@ -96,16 +113,25 @@ impl Copier {
             for source in &order.sources {
                 match self.fetch(draft, order, source).await {
                     Ok(()) => return Ok(()),
-                    Err(error) => {
+                    Err(Failed::Here(error)) => return Err(error),
+                    Err(Failed::There(error)) => {
                         tracing::info!(%chunk, source, %error, at = draft.length(), "a source of a copy failed");
-                        cause = Some(error.during(source));
+                        // It says nothing about the disk here, whatever it says about the one there.
+                        let code = match error.code {
+                            code @ (ErrorCode::ErrorCorrupt | ErrorCode::ErrorNoChunk) => code,
+                            _ => ErrorCode::ErrorUnavailable,
+                        };
+                        cause = Some(FsError { code, ..error }.during(source));
                     }
                 }
             }
             match self.take_own(draft, order).await {
                 Ok(()) => return Ok(()),
-                Err(error) if cause.is_none() => cause = Some(error),
-                Err(error) => tracing::debug!(%chunk, %error, "nothing more for the copy is here"),
+                Err(Failed::Here(error)) => return Err(error),
+                Err(Failed::There(error)) if cause.is_none() => cause = Some(error),
+                Err(Failed::There(error)) => {
+                    tracing::debug!(%chunk, %error, "nothing more for the copy is here");
+                }
             }
             if let Some(cause) = cause.filter(|_| draft.length() == before) {
                 let text = format!("chunk {chunk}: no source has the record at offset {before}");
@@ -115,36 +141,43 @@ impl Copier {
     }
 
     /// A good replica that is here already.
-    fn is_here(&self, order: &v1::CopyOrder) -> Option<Settled> {
-        let found = self.store.found(ChunkId(order.chunk))?;
-        let good = found.sealed && !found.damaged && found.length == order.length && !order.anew;
-        good.then_some(Settled { epoch: Epoch(found.epoch), length: found.length, digest: 0 })
+    async fn is_here(&self, order: &v1::CopyOrder) -> Option<Settled> {
+        let chunk = ChunkId(order.chunk);
+        let good = |found: &v1::ChunkFound| found.sealed && !found.damaged && found.length == order.length;
+        self.store.found(chunk).filter(good).filter(|_| !order.anew)?;
+        // After everything that was ordered before, a deletion perhaps; and what a start found may not be on the disk yet.
+        let seal = ChunkOrder::Seal { epoch: Epoch(order.epoch), length: order.length };
+        self.store.order(chunk, seal).await.ok()
     }
 
     /// Records of the replica that is here and was found damaged.
-    async fn take_own(&self, draft: &Making, order: &v1::CopyOrder) -> FsResult<()> {
+    async fn take_own(&self, draft: &Making, order: &v1::CopyOrder) -> Result<(), Failed> {
         let chunk = ChunkId(order.chunk);
         while draft.length() < order.length {
-            let records = self.store.records(chunk, draft.length(), order.length).await?;
+            let records =
+                self.store.records(chunk, draft.length(), order.length).await.map_err(Failed::There)?;
             self.add(draft, records).await?;
         }
         Ok(())
     }
 
     /// Takes records from one source until the copy is whole or the source fails.
-    async fn fetch(&self, draft: &Making, order: &v1::CopyOrder, source: &str) -> FsResult<()> {
+    async fn fetch(&self, draft: &Making, order: &v1::CopyOrder, source: &str) -> Result<(), Failed> {
         let bound = Duration::from_millis(FETCH_PROGRESS_MS);
-        let late = |_| FsError::new(ErrorCode::ErrorTimedOut, format!("nothing came within {bound:?}"));
+        let late = |_| {
+            Failed::There(FsError::new(ErrorCode::ErrorTimedOut, format!("nothing came within {bound:?}")))
+        };
         let opening = self.open(draft.length(), order, source);
-        let mut replies = tokio::time::timeout(bound, opening).await.map_err(late)??;
+        let mut replies = tokio::time::timeout(bound, opening).await.map_err(late)?.map_err(Failed::There)?;
         while draft.length() < order.length {
             let reply = tokio::time::timeout(bound, replies.message()).await.map_err(late)?;
-            let reply = reply.map_err(|status| unavailable(&status))?;
+            let reply = reply.map_err(|status| Failed::There(unavailable(&status)))?;
             let Some(reply) = reply else {
-                return Err(FsError::new(ErrorCode::ErrorUnavailable, "it ended the stream"));
+                let ended = FsError::new(ErrorCode::ErrorUnavailable, "it ended the stream");
+                return Err(Failed::There(ended));
             };
             if let Some(failure) = reply.failure {
-                return Err(failure.into());
+                return Err(Failed::There(failure.into()));
             }
             let bytes = reply.records.iter().map(|record| record.payload.len() as u64).sum();
             self.add(draft, reply.records).await?;
@@ -178,9 +211,14 @@ impl Copier {
         Ok(client.fetch(request).await.map_err(|status| unavailable(&status))?.into_inner())
     }
 
-    async fn add(&self, draft: &Making, records: Vec<v1::FetchedRecord>) -> FsResult<()> {
+    async fn add(&self, draft: &Making, records: Vec<v1::FetchedRecord>) -> Result<(), Failed> {
         let draft = draft.clone();
-        self.env.blocking(move || Ok(lock(&draft.0).add(&records))).await?
+        let added = self.env.blocking(move || Ok(lock(&draft.0).add(&records))).await;
+        match added.map_err(FsError::from).and_then(std::convert::identity) {
+            Ok(()) => Ok(()),
+            Err(error) if error.code == ErrorCode::ErrorCorrupt => Err(Failed::There(error)),
+            Err(error) => Err(Failed::Here(error)),
+        }
     }
 }
 

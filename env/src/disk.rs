@@ -178,7 +178,39 @@ impl Disk for RealDisk {
     }
 }
 
+/// IOV_MAX: the most parts that the kernel takes in one call.
+const PARTS_MAX: usize = 1024;
+
 struct RealFile(fs::File);
+
+impl RealFile {
+    /// Writes at most PARTS_MAX parts.
+    fn write_parts_at(&self, parts: &[io::IoSlice<'_>], offset: u64) -> io::Result<()> {
+        use std::os::fd::AsRawFd;
+        let total: usize = parts.iter().map(|part| part.len()).sum();
+        let count = libc::c_int::try_from(parts.len()).map_err(io::Error::other)?;
+        let at = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: IoSlice has iovec's layout (its documentation says so), the slices live through the call.
+        let written = unsafe { libc::pwritev(self.0.as_raw_fd(), parts.as_ptr().cast(), count, at) };
+        let mut written = match usize::try_from(written) {
+            Ok(written) if written == total => return Ok(()),
+            Ok(written) => written,
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => 0,
+                error => return Err(error),
+            },
+        };
+        // A short write: the rest goes part by part.
+        let mut at = offset + written as u64;
+        for part in parts {
+            let skip = written.min(part.len());
+            written -= skip;
+            self.0.write_all_at(&part[skip..], at)?;
+            at += (part.len() - skip) as u64;
+        }
+        Ok(())
+    }
+}
 
 impl DiskFile for RealFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
@@ -225,27 +257,10 @@ impl DiskFile for RealFile {
     }
 
     fn write_vectored_at(&self, parts: &[io::IoSlice<'_>], offset: u64) -> io::Result<()> {
-        use std::os::fd::AsRawFd;
-        let total: usize = parts.iter().map(|part| part.len()).sum();
-        let count = libc::c_int::try_from(parts.len()).map_err(io::Error::other)?;
-        let at = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: IoSlice has iovec's layout (its documentation says so), the slices live through the call.
-        let written = unsafe { libc::pwritev(self.0.as_raw_fd(), parts.as_ptr().cast(), count, at) };
-        let mut written = match usize::try_from(written) {
-            Ok(written) if written == total => return Ok(()),
-            Ok(written) => written,
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => 0,
-                error => return Err(error),
-            },
-        };
-        // A short write: the rest goes part by part.
-        let mut at = offset + written as u64;
-        for part in parts {
-            let skip = written.min(part.len());
-            written -= skip;
-            self.0.write_all_at(&part[skip..], at)?;
-            at += (part.len() - skip) as u64;
+        let mut at = offset;
+        for parts in parts.chunks(PARTS_MAX) {
+            self.write_parts_at(parts, at)?;
+            at += parts.iter().map(|part| part.len() as u64).sum::<u64>();
         }
         Ok(())
     }

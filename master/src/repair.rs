@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A replica is *good* when its daemon is not dead and not drained, and nothing is known against it. It is *solid* when its
-//! daemon is up besides: only those are relied on when another one is dropped. A suspect daemon's replicas are not made
+//! daemon is up besides, and has reported what it has since it is back: only those are relied on when another one is dropped. A suspect daemon's replicas are not made
 //! again (it usually comes back), and none is dropped because of them.
 //!
 //! This file decides; `server/repairing.rs` orders, proposes and waits.
@@ -24,6 +24,8 @@ pub struct Holder {
     pub domain: Domain,
     pub health: Health,
     pub draining: bool,
+    /// Since it is there it has told everything it has.
+    pub reported: bool,
     pub free: ByteLen,
 }
 
@@ -76,7 +78,7 @@ impl<'a> Replicas<'a> {
     }
 
     fn is_solid(&self, holder: &Holder) -> bool {
-        self.is_good(holder) && holder.health <= Health::Doubted
+        self.is_good(holder) && holder.health <= Health::Doubted && holder.reported
     }
 
     fn good(&self) -> usize {
@@ -202,6 +204,7 @@ mod tests {
     use super::*;
     use crate::placement::Spread;
     use proptest::prelude::*;
+    use std::collections::BTreeSet;
 
     const GIB: u64 = 1 << 30;
     const CAPACITY: ByteLen = ByteLen(64 << 20);
@@ -211,6 +214,8 @@ mod tests {
     struct World {
         nodes: Vec<Candidate>,
         flaws: BTreeMap<NodeId, Flaw>,
+        /// Daemons that have not reported yet.
+        silent: BTreeSet<NodeId>,
         chunk: ChunkState,
     }
 
@@ -231,7 +236,7 @@ mod tests {
                 wanted_replicas: wanted,
                 ..Default::default()
             };
-            Self { nodes, flaws: BTreeMap::new(), chunk }
+            Self { nodes, flaws: BTreeMap::new(), silent: BTreeSet::new(), chunk }
         }
 
         fn node(&mut self, node: u64) -> &mut Candidate {
@@ -246,7 +251,8 @@ mod tests {
             let holder = |id: &u64| {
                 let node = self.nodes.iter().find(|node| node.node.get() == *id).expect("it exists");
                 let Candidate { node, domain, free, health, draining, .. } = node.clone();
-                Holder { node, domain, health, draining, free }
+                let reported = !self.silent.contains(&node);
+                Holder { node, domain, health, draining, reported, free }
             };
             self.chunk.nodes.iter().map(holder).collect()
         }
@@ -310,6 +316,12 @@ mod tests {
         world.node(1).health = Health::Suspect;
         assert_eq!(world.step(), Step::Drop { node: NodeId(1), relied: nodes(&[2, 3, 4]) });
         world.node(2).health = Health::Suspect;
+        assert_eq!(world.step(), Step::Nothing);
+        // Nor on a daemon that has not said what it has.
+        let mut world = World::new(3, &[1, 2], 1);
+        world.silent.insert(NodeId(1));
+        assert_eq!(world.step(), Step::Drop { node: NodeId(1), relied: nodes(&[2]) });
+        world.silent.insert(NodeId(2));
         assert_eq!(world.step(), Step::Nothing);
     }
 

@@ -121,9 +121,10 @@ pub const INDEX_ENTRIES: usize = 1 << 20;
 pub const FORWARD_REQUESTS: usize = 1024;
 pub const FORWARD_PROGRESS_MS: u64 = APPEND_PROGRESS_MS * 9 / 10;
 pub const FORWARD_IDLE_MS: u64 = 60_000;
-/// About how many payload bytes one message of a copy carries, how long its source may say nothing, and for how long the
+/// About how many payload bytes and at most how many records one message of a copy carries, how long its source may say nothing, and for how long the
 /// token is good that a daemon shows another.
 pub const FETCH_BYTES: u64 = 1 << 20;
+pub const FETCH_RECORDS: usize = 4096;
 pub const FETCH_PROGRESS_MS: u64 = 10_000;
 pub const FETCH_TOKEN_MS: u64 = 600_000;
 /// How many copies a daemon makes at once; how long one may take at least, and besides for each so many bytes a second.

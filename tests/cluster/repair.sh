@@ -18,11 +18,23 @@ whole='s["under_replicated"] == 0 and s["repair"]["waiting"] + s["repair"]["copy
 removed() { dfs node remove "${KEY[@]}" "$1" 2>"$WORK/remove.err"; }
 right() { (cd "$MNT" && sha256sum --quiet -c "$WORK/sums"); }
 
+clean() { dfs fsck "${KEY[@]}" "$@" >"$WORK/fsck" 2>&1 || { cat "$WORK/fsck"; fail "fsck found something"; }; }
+
+# One whose damage is to be found by others than its scrub.
+crash chunkd-1
+echo 'scrub_bandwidth = 0' >>"$HOME_DIR/conf/chunkd-1.toml"
+start chunkd-1
+wait_for 30 is "sum(n['state'] == 'up' for n in s['nodes'])" 5 || fail "not all daemons are up"
+
 mkdir "$MNT/tree"
 for i in {1..40}; do head -c $((i * 200000)) /dev/urandom >"$MNT/tree/$i"; done
 head -c 300M /dev/urandom >"$MNT/big"
 (cd "$MNT" && find . -type f -exec sha256sum {} +) >"$WORK/sums"
 dfs sync "$MNT"
+clean --deep
+grep -E 'replicas looked at' "$WORK/fsck"
+echo "some other cluster's key" >"$WORK/other.key"
+refused 1 'the proof is wrong' dfs fsck --cluster-key-file "$WORK/other.key"
 
 step "a daemon dies: its replicas are made anew on others"
 lost=$(node chunkd-2)
@@ -56,7 +68,10 @@ wait_for 30 is "$whole" || fail "not whole: $(dfs status)"
 right || fail "a file changed"
 
 step "bytes that change on the disk are never shown, and are mended"
-mapfile -t rotten < <(find "$(data chunkd-1)/chunks" -name '*.chunk' -size +1M | head -n 4)
+# Byte 48 of a chunk file says whether it is sealed (docs/formats/chunk.md).
+sealed() { while read -r file; do [[ $(od -An -tu1 -j48 -N1 "$file" | tr -d ' ') != 1 ]] || echo "$file"; done; }
+mapfile -t rotten < <(find "$(data chunkd-1)/chunks" -name '*.chunk' -size +1M | sealed | head -n 3)
+((${#rotten[@]} > 0)) || fail "chunkd-1 has no sealed chunk"
 for file in "${rotten[@]}"; do
     python3 - "$file" <<'PY'
 import sys
@@ -70,6 +85,9 @@ PY
 done
 sums() { sha256sum "${rotten[@]}"; }
 sums >"$WORK/rotten"
+clean
+if dfs fsck "${KEY[@]}" --deep >"$WORK/fsck" 2>&1; then fail "fsck --deep saw no damage"; fi
+(($(grep -c 'is damaged' "$WORK/fsck") == ${#rotten[@]})) || { cat "$WORK/fsck"; fail "not all damage was found"; }
 umount "$MNT"
 up --chunkds 5
 right || fail "a file changed"
@@ -81,6 +99,7 @@ step "a drained daemon is emptied, and used again afterwards"
 dfs node drain "${KEY[@]}" --wait 90 "$(node chunkd-4)" || fail "not emptied: $(dfs node ls)"
 [[ $(files chunkd-4) == 0 ]] || fail "$(files chunkd-4) files are left"
 right || fail "a file changed"
+clean
 dfs node undrain "${KEY[@]}" "$(node chunkd-4)"
 refused 1 'there is no chunk daemon 77' dfs node drain "${KEY[@]}" 77
 
@@ -90,3 +109,4 @@ umount "$MNT"
 up_with_dead() { timeout 60 dfs-mount --pid-file "$HOME_DIR/run/mount.pid" --log-file "$HOME_DIR/log/mount.log" "$MNT"; }
 up_with_dead || fail "not mounted"
 right || fail "a file is lost"
+refused 1 'on chunk daemons that are away' bash -c 'dfs fsck "$@" | grep -v "looked at"; exit "${PIPESTATUS[0]}"' _ "${KEY[@]}"

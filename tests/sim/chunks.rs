@@ -1,9 +1,10 @@
 //! Chunk files read from the simulated disks from outside, without the daemon that wrote them.
 
 use crate::disk::SimDisk;
-use dfs_chunkd::store::format::{FILE_HEADER, Record, RecordKind};
-use dfs_proto::ChunkId;
-use std::collections::BTreeMap;
+use dfs_chunkd::store::format::{FILE_HEADER, FileHeader, Record, RecordKind};
+use dfs_proto::{ChunkId, NodeId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 /// One replica as its disk shows it.
 pub struct Replica {
@@ -14,16 +15,37 @@ pub struct Replica {
 /// Every replica of every chunk, by chunk and host.
 pub type Replicas = BTreeMap<ChunkId, BTreeMap<String, Replica>>;
 
+/// The chunk that a file belongs to by its name.
+pub fn chunk_of(path: &Path) -> Option<ChunkId> {
+    let name = path.file_name()?.to_str()?.strip_suffix(".chunk")?;
+    u64::from_str_radix(name, 16).ok().map(ChunkId)
+}
+
+/// Whether a chunk file's bytes say that it is sealed.
+pub fn is_sealed(bytes: &[u8]) -> bool {
+    bytes
+        .get(..FILE_HEADER)
+        .is_some_and(|header| FileHeader::decode(header).is_ok_and(|header| header.sealed))
+}
+
+/// The numbers of the daemons whose data directories these disks hold: a wiped disk has another one than before.
+pub fn nodes(disks: &[(String, SimDisk)]) -> BTreeSet<NodeId> {
+    let identities =
+        disks.iter().flat_map(|(_, disk)| disk.files()).filter(|(path, _)| path.ends_with("IDENTITY"));
+    let numbers = identities.filter_map(|(_, text)| {
+        let text = String::from_utf8(text).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("node = ")?.parse().ok())
+    });
+    numbers.map(NodeId).collect()
+}
+
 /// Reads all chunk files. A torn tail ends a replica, as it does for the daemon.
 pub fn on_disks(disks: &[(String, SimDisk)]) -> Replicas {
     let mut replicas = Replicas::new();
     for (host, disk) in disks {
         for (path, bytes) in disk.files() {
-            let name =
-                path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".chunk"));
-            if let Some(id) = name.and_then(|name| u64::from_str_radix(name, 16).ok()) {
-                let replica = parse(ChunkId(id), &bytes);
-                replicas.entry(ChunkId(id)).or_default().insert(host.clone(), replica);
+            if let Some(id) = chunk_of(&path) {
+                replicas.entry(id).or_default().insert(host.clone(), parse(id, &bytes));
             }
         }
     }

@@ -54,6 +54,16 @@ pub struct Losses {
     pub writes_lost: u64,
     pub writes_torn: u64,
     pub names_lost: u64,
+    pub bits_flipped: u64,
+}
+
+impl std::ops::AddAssign for Losses {
+    fn add_assign(&mut self, more: Self) {
+        self.writes_lost += more.writes_lost;
+        self.writes_torn += more.writes_torn;
+        self.names_lost += more.names_lost;
+        self.bits_flipped += more.bits_flipped;
+    }
 }
 
 /// The disk of one simulated machine. It outlives its machine's crashes.
@@ -96,6 +106,29 @@ impl SimDisk {
             content.durable = survivor;
         }
         losses
+    }
+
+    /// Everything below a directory is gone, as with a new disk.
+    pub fn wipe(&self, below: &Path) {
+        let mut names = lock(&self.names);
+        names.live.retain(|name, _| !name.starts_with(below));
+        names.durable.retain(|name, _| !name.starts_with(below));
+    }
+
+    /// Flips one bit of one of the files that `may` be changed; of which.
+    pub fn rot(&self, seed: u64, may: impl Fn(&Path, &[u8]) -> bool) -> Option<PathBuf> {
+        let mut random = SmallRng::seed_from_u64(seed);
+        let names = lock(&self.names);
+        let files: Vec<_> =
+            names.live.iter().filter(|(path, content)| may(path, &lock(content).live)).collect();
+        let (path, content) = files.get(random.random_range(0..files.len().max(1)))?;
+        let mut content = lock(content);
+        let bit = random.random_range(0..content.live.len() * 8);
+        content.live[bit / 8] ^= 1 << (bit % 8);
+        if let Some(byte) = content.durable.get_mut(bit / 8) {
+            *byte ^= 1 << (bit % 8);
+        }
+        Some((*path).clone())
     }
 
     /// Whether a crash now could lose bytes of a file that outlives it.

@@ -12,6 +12,10 @@ const STALL: Duration = Duration::from_secs(6);
 pub enum Fault {
     /// A machine stops, its disk forgets what was not synced, and it starts again after the pause.
     Crash { host: String, pause: Duration },
+    /// A machine stops and comes back with an empty disk.
+    Wipe { host: String, pause: Duration },
+    /// A bit of a sealed chunk changes on a machine's disk.
+    Rot { host: String },
     /// Two machines do not hear each other for a while.
     Partition { a: String, b: String, pause: Duration },
     /// Messages between two machines get lost at random for a while.
@@ -26,24 +30,58 @@ pub enum Fault {
 impl Fault {
     /// The kind's name, for the count of what fired.
     pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Crash { host, .. } if host.starts_with("master") => "crash of a master",
-            Self::Crash { .. } => "crash of a chunk daemon",
-            Self::Partition { .. } => "partition",
-            Self::Loss { .. } => "message loss",
-            Self::Failover { .. } => "failover behind a client's back",
-            Self::Stall { .. } => "stall of a client",
-        }
+        let kind = match self {
+            Self::Crash { host, .. } if host.starts_with("master") => Kind::CrashMaster,
+            Self::Crash { .. } => Kind::CrashChunkd,
+            Self::Wipe { .. } => Kind::Wipe,
+            Self::Rot { .. } => Kind::Rot,
+            Self::Partition { .. } => Kind::Partition,
+            Self::Loss { .. } => Kind::Loss,
+            Self::Failover { .. } => Kind::Failover,
+            Self::Stall { .. } => Kind::Stall,
+        };
+        kind.name()
     }
 
     /// How long it lasts.
     pub fn pause(&self) -> Duration {
         match self {
+            Self::Rot { .. } => Duration::ZERO,
             Self::Crash { pause, .. }
+            | Self::Wipe { pause, .. }
             | Self::Partition { pause, .. }
             | Self::Loss { pause, .. }
             | Self::Failover { pause, .. }
             | Self::Stall { pause, .. } => *pause,
+        }
+    }
+}
+
+/// Kinds of faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    CrashMaster,
+    CrashChunkd,
+    Wipe,
+    Rot,
+    Partition,
+    Loss,
+    Failover,
+    Stall,
+}
+
+impl Kind {
+    /// As [`Fault::kind`] names it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::CrashMaster => "crash of a master",
+            Self::CrashChunkd => "crash of a chunk daemon",
+            Self::Wipe => "loss of a disk",
+            Self::Rot => "bit rot",
+            Self::Partition => "partition",
+            Self::Loss => "message loss",
+            Self::Failover => "failover behind a client's back",
+            Self::Stall => "stall of a client",
         }
     }
 }
@@ -60,7 +98,10 @@ pub struct Plan {
     /// The longest pause, in milliseconds.
     longest: u64,
     clients_first: bool,
-    only_failovers: bool,
+    kinds: &'static [Kind],
+    /// The one machine that may lose its disk, and the one whose disk rots: of three replicas one stays good.
+    wiped: Option<String>,
+    rotting: String,
     fired: BTreeMap<&'static str, u64>,
 }
 
@@ -68,8 +109,18 @@ impl Plan {
     pub fn new(seed: u64, masters: &[String], chunkds: &[String], clients: &[String]) -> Self {
         let (masters, chunkds, clients) = (masters.to_vec(), chunkds.to_vec(), clients.to_vec());
         let next = Duration::from_secs(3);
+        // Each kind takes its time: every second seed has the other half.
+        let kinds: &[Kind] = if seed.is_multiple_of(2) {
+            &[Kind::CrashMaster, Kind::CrashChunkd, Kind::Partition, Kind::Loss]
+        } else {
+            &[Kind::Wipe, Kind::Rot, Kind::CrashMaster, Kind::CrashChunkd]
+        };
+        let mut random = SmallRng::seed_from_u64(seed);
+        let first = random.random_range(0..chunkds.len());
+        let wiped = Some(chunkds[first].clone());
+        let rotting = chunkds[(first + 1) % chunkds.len()].clone();
         Self {
-            random: SmallRng::seed_from_u64(seed),
+            random,
             masters,
             chunkds,
             clients,
@@ -77,19 +128,23 @@ impl Plan {
             turn: 0,
             longest: 3_000,
             clients_first: false,
-            only_failovers: false,
+            kinds,
+            wiped,
+            rotting,
             fired: BTreeMap::new(),
         }
     }
 
     /// Faults of clients at work together: some last longer than a session lives, and clients are cut off more often.
     pub fn among(seed: u64, masters: &[String], chunkds: &[String], clients: &[String]) -> Self {
-        Self { longest: 9_000, clients_first: true, ..Self::new(seed, masters, chunkds, clients) }
+        let kinds =
+            &[Kind::CrashMaster, Kind::CrashChunkd, Kind::Partition, Kind::Loss, Kind::Failover, Kind::Stall];
+        Self { longest: 9_000, clients_first: true, kinds, ..Self::new(seed, masters, chunkds, clients) }
     }
 
     /// Nothing but failovers behind a client's back.
     pub fn failovers(seed: u64, masters: &[String], chunkds: &[String], clients: &[String]) -> Self {
-        Self { only_failovers: true, ..Self::among(seed, masters, chunkds, clients) }
+        Self { kinds: &[Kind::Failover], ..Self::among(seed, masters, chunkds, clients) }
     }
 
     /// The fault that begins now, if one does.
@@ -100,28 +155,36 @@ impl Plan {
         let pause = Duration::from_millis(self.random.random_range(200..self.longest));
         self.next = now + pause + Duration::from_millis(self.random.random_range(1_000..5_000));
         // Kinds take turns from a random start, so that a short run has them all.
-        let kinds = if self.clients_first { 6 } else { 4 };
         if self.turn == 0 {
-            self.turn = self.random.random_range(0..kinds);
+            self.turn = self.random.random_range(0..self.kinds.len());
         }
         self.turn += 1;
-        let fault = match if self.only_failovers { 4 } else { self.turn % kinds } {
-            0 => Fault::Crash { host: Self::one(&mut self.random, &self.masters), pause },
-            1 => Fault::Crash { host: Self::one(&mut self.random, &self.chunkds), pause },
-            4 => {
+        let fault = match self.kinds[self.turn % self.kinds.len()] {
+            Kind::CrashMaster => Fault::Crash { host: Self::one(&mut self.random, &self.masters), pause },
+            Kind::CrashChunkd => Fault::Crash { host: Self::one(&mut self.random, &self.chunkds), pause },
+            Kind::Wipe => match self.wiped.take() {
+                Some(host) => Fault::Wipe { host, pause },
+                None => Fault::Rot { host: self.rotting.clone() },
+            },
+            Kind::Rot => Fault::Rot { host: self.rotting.clone() },
+            Kind::Failover => {
                 let (host, client) =
                     (Self::one(&mut self.random, &self.masters), Self::one(&mut self.random, &self.clients));
                 let others = self.masters.iter().filter(|other| **other != host).cloned().collect();
                 Fault::Failover { host, others, client, pause }
             }
-            5 => {
+            Kind::Stall => {
                 let client = Self::one(&mut self.random, &self.clients);
                 let others = self.masters.iter().chain(&self.chunkds).cloned().collect();
                 Fault::Stall { client, others, pause: pause.max(STALL) }
             }
-            kind => {
+            Kind::Partition => {
                 let (a, b) = self.pair();
-                if kind == 2 { Fault::Partition { a, b, pause } } else { Fault::Loss { a, b, pause } }
+                Fault::Partition { a, b, pause }
+            }
+            Kind::Loss => {
+                let (a, b) = self.pair();
+                Fault::Loss { a, b, pause }
             }
         };
         *self.fired.entry(fault.kind()).or_default() += 1;
@@ -158,7 +221,6 @@ impl Plan {
 
     /// The kinds that never did.
     pub fn missing(&self) -> Vec<&'static str> {
-        let all = ["crash of a master", "crash of a chunk daemon", "partition", "message loss"];
-        all.into_iter().filter(|kind| !self.fired.contains_key(kind)).collect()
+        self.kinds.iter().map(|kind| kind.name()).filter(|name| !self.fired.contains_key(name)).collect()
     }
 }

@@ -1,6 +1,7 @@
 //! The simulated cluster: three masters, four chunk daemons and two clients, on turmoil's network, from one seed.
 
-use crate::checkers::{Watch, i7};
+use crate::checkers::{Watch, i7, whole};
+use crate::chunks::{chunk_of, is_sealed};
 use crate::disk::{Losses, SimDisk};
 use crate::env::env;
 use crate::faults::{Fault, Plan};
@@ -35,9 +36,11 @@ const SESSION_TTL: Duration = Duration::from_secs(20);
 /// How many times in a row, a tenth of a second apart, masters must be alike to be at rest; and how often it is looked.
 const QUIET: u32 = 20;
 const CATCH_UP: u32 = 600;
+/// Seconds until everything must be whole again.
+const HEALED: u32 = 150;
 /// When every world begins.
 const EPOCH: Duration = Duration::from_secs(1_700_000_000);
-const RUN_END: Duration = Duration::from_secs(240);
+const RUN_END: Duration = Duration::from_secs(300);
 
 pub struct Machine {
     host: String,
@@ -78,7 +81,8 @@ pub fn run(seed: u64) -> Result<Report, Violation> {
     let machines = start_chunkds(&mut sim, seed);
     let progress = Arc::new(Mutex::new(Progress::default()));
     for id in 1..=CLIENTS {
-        start_client(&mut sim, id, seed, Arc::clone(&progress), storages.clone());
+        let disks: Vec<_> = disks(&machines).collect();
+        start_client(&mut sim, id, seed, Arc::clone(&progress), storages.clone(), disks);
     }
     let clients: Vec<String> = (1..=CLIENTS).map(|id| format!("client-{id}")).collect();
     let mut plan = Plan::new(seed, &masters(), &hosts(&machines), &clients);
@@ -96,6 +100,7 @@ pub fn run(seed: u64) -> Result<Report, Violation> {
     report.insert("crash lost a write".to_owned(), losses.writes_lost);
     report.insert("crash tore a write".to_owned(), losses.writes_torn);
     report.insert("crash lost a name".to_owned(), losses.names_lost);
+    report.insert("a bit flipped".to_owned(), losses.bits_flipped);
     Ok(report)
 }
 
@@ -171,10 +176,9 @@ pub fn drive(
             && let Some((fault, since)) =
                 armed.take_if(|(fault, since)| now >= *since + AMBUSH || hurts(fault, machines))
         {
-            let lost = strike(sim, &fault, machines, seed ^ u64::try_from(now.as_nanos()).expect("short"));
-            losses.writes_lost += lost.writes_lost;
-            losses.writes_torn += lost.writes_torn;
-            losses.names_lost += lost.names_lost;
+            let lost =
+                strike(sim, &fault, machines, watch, seed ^ u64::try_from(now.as_nanos()).expect("short"));
+            losses += lost;
             tracing::debug!(waited = ?(now - since), "struck");
             let end = now + fault.pause();
             active = Some((fault, end));
@@ -189,23 +193,51 @@ pub fn drive(
     }
 }
 
+fn disk_of<'a>(machines: &'a [Machine], host: &str) -> Option<&'a SimDisk> {
+    machines.iter().find(|machine| machine.host == host).map(|machine| &machine.disk)
+}
+
 /// Whether a fault strikes where it hurts now.
 fn hurts(fault: &Fault, machines: &[Machine]) -> bool {
     match fault {
-        Fault::Crash { host, .. } => {
-            machines.iter().find(|m| m.host == *host).is_none_or(|m| m.disk.is_dirty())
-        }
-        Fault::Partition { .. } | Fault::Loss { .. } | Fault::Failover { .. } | Fault::Stall { .. } => true,
+        Fault::Crash { host, .. } => disk_of(machines, host).is_none_or(SimDisk::is_dirty),
+        Fault::Rot { host } => disk_of(machines, host).is_some_and(|disk| {
+            disk.files().iter().any(|(path, bytes)| chunk_of(path).is_some() && is_sealed(bytes))
+        }),
+        Fault::Wipe { .. }
+        | Fault::Partition { .. }
+        | Fault::Loss { .. }
+        | Fault::Failover { .. }
+        | Fault::Stall { .. } => true,
     }
 }
 
-fn strike(sim: &mut turmoil::Sim<'_>, fault: &Fault, machines: &[Machine], seed: u64) -> Losses {
+fn strike(
+    sim: &mut turmoil::Sim<'_>,
+    fault: &Fault,
+    machines: &[Machine],
+    watch: &mut Watch,
+    seed: u64,
+) -> Losses {
     tracing::info!(?fault, "fault");
     match fault {
         Fault::Crash { host, .. } => {
             sim.crash(host.as_str());
-            let disk = machines.iter().find(|machine| machine.host == *host).map(|machine| &machine.disk);
-            return disk.map(|disk| disk.crash(seed)).unwrap_or_default();
+            return disk_of(machines, host).map(|disk| disk.crash(seed)).unwrap_or_default();
+        }
+        Fault::Wipe { host, .. } => {
+            sim.crash(host.as_str());
+            if let Some(disk) = disk_of(machines, host) {
+                disk.wipe(Path::new("/data"));
+            }
+        }
+        Fault::Rot { host } => {
+            let sealed = |path: &Path, bytes: &[u8]| chunk_of(path).is_some() && is_sealed(bytes);
+            let rotten = disk_of(machines, host).and_then(|disk| disk.rot(seed, sealed));
+            if let Some(chunk) = rotten.as_deref().and_then(chunk_of) {
+                watch.rotten(host, chunk);
+                return Losses { bits_flipped: 1, ..Losses::default() };
+            }
         }
         Fault::Partition { a, b, .. } => sim.partition(a.as_str(), b.as_str()),
         Fault::Loss { a, b, .. } => sim.set_link_fail_rate(a.as_str(), b.as_str(), 0.3),
@@ -222,7 +254,8 @@ fn strike(sim: &mut turmoil::Sim<'_>, fault: &Fault, machines: &[Machine], seed:
 
 fn heal(sim: &mut turmoil::Sim<'_>, fault: &Fault) {
     match fault {
-        Fault::Crash { host, .. } => sim.bounce(host.as_str()),
+        Fault::Crash { host, .. } | Fault::Wipe { host, .. } => sim.bounce(host.as_str()),
+        Fault::Rot { .. } => {}
         Fault::Partition { a, b, .. } => sim.repair(a.as_str(), b.as_str()),
         Fault::Loss { a, b, .. } => {
             sim.set_link_fail_rate(a.as_str(), b.as_str(), 0.0);
@@ -285,7 +318,7 @@ fn start_chunkd(sim: &mut turmoil::Sim<'_>, id: u64, seed: u64) -> Machine {
                 rack: String::new(),
                 capacity: None,
                 reserve: ByteSize(0),
-                scrub_bandwidth: ByteSize(64 << 10),
+                scrub_bandwidth: ByteSize(16 << 20),
             };
             let _daemon = dfs_chunkd::Daemon::start(env, config).await?;
             std::future::pending::<()>().await;
@@ -308,12 +341,28 @@ async fn rest(masters: &[Arc<SimStorage>]) -> Result<(), Violation> {
     Err(format!("after {CATCH_UP} tenths of a second the masters are not at rest"))
 }
 
+/// Waits until everything that faults took has been made up for: a dead daemon is given up after some time, and a scrub finds
+/// bits that flipped.
+async fn healed(masters: &[Arc<SimStorage>], disks: &[(String, SimDisk)]) -> Result<(), Violation> {
+    let mut left = Ok(());
+    for _ in 0..HEALED {
+        // They need not be alike: the checkers of the end look at all of them.
+        left = masters.iter().try_for_each(|master| whole::check(master, disks));
+        if left.is_ok() {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    left.map_err(|what| format!("after {HEALED} seconds: {what}"))
+}
+
 fn start_client(
     sim: &mut turmoil::Sim<'_>,
     id: u64,
     seed: u64,
     progress: Arc<Mutex<Progress>>,
     masters: Vec<Arc<SimStorage>>,
+    disks: Vec<(String, SimDisk)>,
 ) {
     let env = client_env(id, seed);
     sim.client(format!("client-{id}"), async move {
@@ -349,6 +398,7 @@ fn start_client(
                 .map_err(|violation| format!("client-{id} in {name}: {violation}"))?;
         }
         client.shutdown().await?;
+        healed(&masters, &disks).await?;
         rest(&masters).await?;
         Ok(())
     });

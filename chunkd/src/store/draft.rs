@@ -20,7 +20,7 @@ use dfs_env::DiskFile;
 use dfs_env::disk::OpenMode;
 use dfs_proto::checksum::units_match;
 use dfs_proto::error::ErrorCode;
-use dfs_proto::limits::{FETCH_BYTES, RECORD_MAX};
+use dfs_proto::limits::{FETCH_BYTES, FETCH_RECORDS, RECORD_MAX};
 use dfs_proto::{ByteLen, ByteOffset, ChunkId, Epoch, FsError, FsResult, InodeNo, v1};
 use std::io::IoSlice;
 use std::path::PathBuf;
@@ -119,6 +119,17 @@ impl Draft {
     /// ERROR_CORRUPT for a record that is damaged or in the wrong place; the ones before it are here then.
     /// ERROR_NO_SPACE; what the disk says.
     pub fn add(&mut self, records: &[v1::FetchedRecord]) -> FsResult<()> {
+        let before = (self.position, self.length, self.digest, self.index.len());
+        self.plan_and_write(records).inspect_err(|_| {
+            if self.file_bytes != self.position {
+                // What was not written is not here.
+                (self.position, self.length, self.digest) = (before.0, before.1, before.2);
+                self.index.truncate(before.3);
+            }
+        })
+    }
+
+    fn plan_and_write(&mut self, records: &[v1::FetchedRecord]) -> FsResult<()> {
         let (mut headers, mut payloads) = (Vec::with_capacity(records.len()), Vec::new());
         let (from, mut bad) = (self.position, None);
         for record in records {
@@ -252,7 +263,7 @@ impl Chunk {
         let path = draft.dir.chunk_path(self.id);
         // No sync of the file that was here may tell of the new one, and no reader may take one's index for the other.
         let _alone = lock(&self.syncing);
-        lock(&self.state).generation += 1;
+        lock(&self.state).generation = self.shared.next_generation();
         let disk = &*self.shared.env.disk;
         disk.rename(&draft.path, &path).map_err(|error| draft.disk_failed("renaming", error))?;
         draft.installed = true;
@@ -271,32 +282,32 @@ impl Chunk {
                 position: draft.file_bytes,
                 file_bytes: draft.file_bytes,
                 digest: draft.digest,
-                generation: now.generation + 1,
+                generation: self.shared.next_generation(),
                 broken: None,
                 sync_failed: false,
                 rotten: false,
             };
         }
-        if let Some((dir, there)) = &old.place {
+        self.shared.cache.forget((self.id, old.generation));
+        if let Some((dir, _)) = &old.place {
             dir.account(0, old.file_bytes);
-            if *there != path
-                && let Err(error) = durable::remove(disk, there)
-            {
-                // Its directory has failed; should it come back, the sealed file is the one that counts.
-                tracing::warn!(path = %there.display(), %error, "the replica that a copy replaced stays");
-            }
         }
-        let named = durable::sync_name(disk, &path);
+        if let Err(error) = durable::sync_name(disk, &path) {
+            let error = failed("syncing the name of", &path, error);
+            draft.dir.fail(&error);
+            let mut now = lock(&self.state);
+            (now.broken, now.sync_failed) = (Some(error.clone()), true);
+            return Err(error);
+        }
+        // Not before: a power cut must leave one of the two.
+        if let Some((_, there)) = old.place.as_ref().filter(|(_, there)| *there != path)
+            && let Err(error) = durable::remove(disk, there)
+        {
+            // Its directory has failed; should it come back, a sealed file counts before another one.
+            tracing::warn!(path = %there.display(), %error, "the replica that a copy replaced stays");
+        }
         let mut now = lock(&self.state);
-        match named {
-            Ok(()) => now.name_synced = true,
-            Err(error) => {
-                let error = failed("syncing the name of", &path, error);
-                draft.dir.fail(&error);
-                (now.broken, now.sync_failed) = (Some(error.clone()), true);
-                return Err(error);
-            }
-        }
+        now.name_synced = true;
         Ok(Settled { epoch: now.epoch, length: now.length, digest: now.digest })
     }
 
@@ -313,7 +324,7 @@ impl Chunk {
             return Err(self.error(ErrorCode::ErrorRange, text));
         }
         let mut records = Vec::with_capacity(entries.len());
-        for entry in entries.iter().filter(|entry| entry.end() <= end) {
+        for entry in entries.iter().filter(|entry| entry.end() <= end).take(FETCH_RECORDS) {
             let header = self.read_header(&*file, entry)?;
             let mut payload = Vec::new();
             file.append_exact_at(&mut payload, entry.length as usize, entry.payload_position())
@@ -328,6 +339,10 @@ impl Chunk {
                 checksums: header.checksums,
                 payload: payload.into(),
             });
+        }
+        if records.is_empty() {
+            let text = format_args!("{end} is inside the record at offset {offset}");
+            return Err(self.error(ErrorCode::ErrorRange, text));
         }
         Ok(records)
     }

@@ -83,6 +83,40 @@ async fn what_is_in_the_wrong_place_or_damaged_is_not_taken() {
 }
 
 #[tokio::test]
+async fn a_copy_whose_disk_refuses_a_write_goes_on_where_it_was() {
+    let lengths = [10, 20, 30];
+    let from = source(&lengths).await;
+    let disk = TestDisk::default();
+    let to = open(&disk).await;
+    let mut draft = to.draft(ID, EPOCH, CAPACITY, 60).await.expect("begun");
+    let records = from.records(ID, 0, 60).await.expect("read");
+    draft.add(&records[..1]).expect("taken");
+    *lock(&disk.faults.write_below) = Some(("/a".into(), std::io::ErrorKind::StorageFull));
+    assert_eq!(code(draft.add(&records[1..])), ErrorCode::ErrorNoSpace);
+    assert_eq!(draft.length(), 10);
+    assert_eq!(code(draft.finish()), ErrorCode::ErrorRange, "no copy with a hole");
+    *lock(&disk.faults.write_below) = None;
+    draft.add(&records[1..]).expect("taken");
+    draft.finish().expect("whole");
+    to.order(ID, ChunkOrder::Install(Box::new(draft))).await.expect("installed");
+    assert!(read(&to, 0, 60).await.expect("read") == bytes_of(&lengths));
+    to.verify(ID).await.expect("every byte");
+}
+
+#[tokio::test]
+async fn a_chunk_of_very_many_records_is_copied() {
+    let lengths = vec![3; 2 * dfs_proto::limits::FETCH_RECORDS + 5];
+    let from = source(&lengths).await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let all = vec![DataDir::new(dir.path().to_owned(), None)];
+    durable::make_chunk_dirs(&dfs_env::disk::RealDisk, dir.path()).expect("made");
+    let env = Env::real();
+    let to = Store::open(env.clone(), Dirs::new(env, all, None, 0), "cluster").await;
+    copy(&from, &to, total(&lengths)).await.expect("copied");
+    to.verify(ID).await.expect("every byte");
+}
+
+#[tokio::test]
 async fn a_copy_left_by_a_crash_is_removed_by_the_next_start() {
     let from = source(&[10, 20]).await;
     let disk = TestDisk::default();
@@ -105,10 +139,10 @@ async fn damage_that_is_found_is_reported_once_and_healed_by_a_copy() {
     let position = usize::try_from(entries(&lengths)[1].payload_position()).unwrap();
     disk.tamper(&path(), |bytes| bytes[position] ^= 1);
     assert_eq!(code(to.records(ID, 100, 600).await), ErrorCode::ErrorCorrupt);
-    let found = to.rotten().await;
+    let found = to.noted().await;
     assert!(found.len() == 1 && found[0].damaged && found[0].chunk == ID.get());
     assert_eq!(code(to.records(ID, 100, 600).await), ErrorCode::ErrorCorrupt);
-    let more = tokio::time::timeout(std::time::Duration::from_millis(20), to.rotten()).await;
+    let more = tokio::time::timeout(std::time::Duration::from_millis(20), to.noted()).await;
     assert!(more.is_err(), "it is known");
     assert_eq!(to.records(ID, 0, 100).await.expect("good").len(), 1, "what is good is read");
     copy(&from, &to, 600).await.expect("copied");
@@ -150,11 +184,11 @@ proptest! {
             store.order(ID, ChunkOrder::Fence(EPOCH)).await.expect("fenced");
             seal(&store, total(&lengths)).await.expect("sealed");
             let bytes = disk.content(&path()).expect("there").len();
-            assert_eq!(store.verify(ID).await, Ok(bytes as u64));
+            assert_eq!(store.verify(ID).await.expect("whole").length, total(&lengths));
             let bit = bit.index(bytes * 8);
             disk.tamper(&path(), |bytes| bytes[bit / 8] ^= 1 << (bit % 8));
             assert_eq!(code(store.verify(ID).await), ErrorCode::ErrorCorrupt);
-            assert!(store.rotten().await[0].damaged);
+            assert!(store.noted().await[0].damaged);
         });
     }
 }
@@ -167,6 +201,7 @@ proptest! {
     fn a_power_cut_inside_a_copy_leaves_the_old_replica_or_the_new_one(
         lengths in proptest::collection::vec(prop_oneof![1_usize..50, 500_usize..30_000], 1..6),
         old: bool,
+        failed: bool,
         changes in 0_u64..16,
         keep in proptest::collection::vec(any::<bool>(), 1..200),
     ) {
@@ -174,16 +209,22 @@ proptest! {
         runtime.block_on(async {
             let from = source(&lengths).await;
             let disk = TestDisk::default();
-            let store = open(&disk).await;
+            let store = store_of(&disk, None, &["/a", "/b"]).await;
             if old {
                 build(&store, &lengths[..1], true).await;
             }
             let before = store.report();
+            if old && failed {
+                // The copy goes to the other directory.
+                let there = disk.files().remove(0);
+                let all = &store.0.dirs.all;
+                all.iter().find(|dir| there.starts_with(&dir.path)).expect("one of them").fail(&ErrorCode::ErrorIo.into());
+            }
             *lock(&disk.faults.changes_left) = Some(changes);
             let copied = copy(&from, &store, total(&lengths)).await.is_ok();
             let mut bits = keep.iter().cycle();
             disk.cut_power(|| *bits.next().expect("a cycle"));
-            let store = open(&disk).await;
+            let store = store_of(&disk, None, &["/a", "/b"]).await;
             let after = store.report();
             match after.first() {
                 Some(found) if found.sealed => {

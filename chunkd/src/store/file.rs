@@ -99,7 +99,7 @@ impl Chunk {
             position: 0,
             file_bytes: 0,
             digest: 0,
-            generation: 0,
+            generation: shared.next_generation(),
             broken: None,
             sync_failed: false,
             rotten: false,
@@ -196,7 +196,11 @@ impl Chunk {
         if sealed {
             self.shared.cache.keep_file((self.id, state.generation), Arc::clone(&file));
         } else {
-            lock(&self.state).file = Some(Arc::clone(&file));
+            let mut now = lock(&self.state);
+            // A copy may have been installed meanwhile.
+            if now.generation == state.generation && now.phase != Phase::Sealed {
+                now.file = Some(Arc::clone(&file));
+            }
         }
         Ok(file)
     }
@@ -274,8 +278,7 @@ impl Chunk {
             }
             if !std::mem::replace(&mut state.rotten, true) {
                 drop(state);
-                lock(&self.shared.rotten).insert(self.id);
-                self.shared.found.notify_one();
+                self.shared.note(self.id);
             }
             return result;
         }

@@ -29,6 +29,7 @@ use read::Piece;
 use recovery::{Found, Opened};
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use tokio::sync::{Notify, Semaphore, oneshot};
 
@@ -41,8 +42,10 @@ pub struct Shared {
     cache: cache::Cache,
     /// Bounds the fdatasyncs that run at once.
     syncs: Semaphore,
-    /// The chunks of which damage was found, for the next report.
-    rotten: Mutex<BTreeSet<ChunkId>>,
+    /// Tells files of one chunk apart.
+    generations: AtomicU64,
+    /// The chunks of which damage was found, or that the master should hear of for another reason: for the next report.
+    noted: Mutex<BTreeSet<ChunkId>>,
     found: Notify,
     /// The chunks of which a copy is being made.
     drafts: Mutex<HashSet<ChunkId>>,
@@ -72,7 +75,8 @@ impl Store {
             dirs,
             cache: cache::Cache::default(),
             syncs: Semaphore::new(SYNCS_AT_ONCE),
-            rotten: Mutex::default(),
+            generations: AtomicU64::new(0),
+            noted: Mutex::default(),
             found: Notify::new(),
             drafts: Mutex::default(),
             chunks: Mutex::default(),
@@ -127,7 +131,7 @@ impl Store {
     /// How much has been done on a chunk: it changes while somebody who waits is not stuck.
     #[must_use]
     pub fn progress(&self, id: ChunkId) -> u64 {
-        self.known(id).map_or(0, |chunk| chunk.progress.load(std::sync::atomic::Ordering::Relaxed))
+        self.known(id).map_or(0, |chunk| chunk.progress.load(Ordering::Relaxed))
     }
 
     /// Carries out an order of the master.
@@ -167,12 +171,17 @@ impl Store {
         self.0.env.blocking(move || Ok(shared.draft(id, epoch, capacity, length))).await?
     }
 
-    /// Waits until damage is found in replicas, and answers which.
-    pub async fn rotten(&self) -> Vec<v1::ChunkFound> {
+    /// The master should hear how this chunk's replica is.
+    pub fn note(&self, id: ChunkId) {
+        self.0.note(id);
+    }
+
+    /// Waits until there are replicas of which the master should hear, and answers which.
+    pub async fn noted(&self) -> Vec<v1::ChunkFound> {
         loop {
-            let rotten = std::mem::take(&mut *lock(&self.0.rotten));
-            if !rotten.is_empty() {
-                return rotten.into_iter().filter_map(|id| self.found(id)).collect();
+            let noted = std::mem::take(&mut *lock(&self.0.noted));
+            if !noted.is_empty() {
+                return noted.into_iter().filter_map(|id| self.found(id)).collect();
             }
             self.0.found.notified().await;
         }
@@ -226,13 +235,24 @@ fn unanswered(id: ChunkId) -> FsError {
 }
 
 impl Shared {
+    fn next_generation(&self) -> u64 {
+        self.generations.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn note(&self, id: ChunkId) {
+        lock(&self.noted).insert(id);
+        self.found.notify_one();
+    }
+
     /// Opens every chunk file of a directory. Blocks.
     fn scan(self: &Arc<Self>, dir: &Arc<DataDir>) -> std::io::Result<()> {
         for byte in 0..=255_u8 {
             let folder = dir.path.join("chunks").join(format!("{byte:02x}"));
             for path in self.env.disk.list(&folder)? {
                 if path.extension().is_some_and(|extension| extension == DRAFT) {
-                    durable::forget(&*self.env.disk, &path)?;
+                    if let Err(error) = durable::forget(&*self.env.disk, &path) {
+                        tracing::warn!(path = %path.display(), %error, "a copy that was given up stays");
+                    }
                     continue;
                 }
                 let Some(id) = chunk_of(&path).filter(|id| dir.chunk_path(*id) == path) else {

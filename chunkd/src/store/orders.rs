@@ -192,6 +192,11 @@ impl Chunk {
         (now.phase, now.epoch, now.file) = (Phase::Sealed, epoch, None);
         (now.position, now.file_bytes, now.synced) = (end, end, now.length);
         now.broken = None;
+        if now.rotten {
+            // Of a chunk that is not sealed nobody takes note.
+            drop(now);
+            self.shared.note(self.id);
+        }
         Ok(())
     }
 
@@ -208,7 +213,7 @@ impl Chunk {
         {
             let mut now = lock(&self.state);
             *lock(&self.index) = Vec::new();
-            *now = State { generation: state.generation + 1, ..gone };
+            *now = gone;
         }
         self.shared.cache.forget((self.id, state.generation));
         Ok(())

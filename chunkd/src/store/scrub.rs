@@ -4,6 +4,7 @@
 
 use super::Store;
 use super::file::{Chunk, Phase};
+use super::orders::Settled;
 use super::recovery;
 use dfs_env::disk::OpenMode;
 use dfs_proto::error::ErrorCode;
@@ -16,20 +17,21 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 impl Chunk {
     /// Reads a sealed chunk from the disk, past what the machine has in memory, and verifies every byte of it: headers,
-    /// payloads, footer. Answers how many bytes that were; 0 for a chunk that is not sealed. Blocks.
+    /// payloads, footer. A chunk that is not sealed is left alone. Blocks.
     ///
     /// # Errors
     /// ERROR_CORRUPT with the first damage; what the disk says.
-    pub fn verify(&self) -> FsResult<u64> {
+    pub fn verify(&self) -> FsResult<Settled> {
         let state = self.snapshot();
+        let settled = Settled { epoch: state.epoch, length: state.length, digest: state.digest };
         let Some((_, path)) = state.place.as_ref().filter(|_| state.phase == Phase::Sealed) else {
-            return Ok(0);
+            return Ok(settled);
         };
         let io = |error| self.unreadable(0, &error);
         let file = self.shared.env.disk.open(path, OpenMode::Read).map_err(io)?;
         file.forget_cached().map_err(io)?;
         match recovery::verify(&*file, self.id).map_err(io)? {
-            Ok(found) if found == (state.length, state.digest) => Ok(state.file_bytes),
+            Ok(found) if found == (state.length, state.digest) => Ok(settled),
             Ok(_) => Err(self.corrupt(state.length, "it is not the file that was sealed")),
             Err(cause) => Err(self.error(ErrorCode::ErrorCorrupt, cause)),
         }
@@ -41,7 +43,7 @@ impl Store {
     ///
     /// # Errors
     /// See [`Chunk::verify`].
-    pub async fn verify(&self, id: ChunkId) -> FsResult<u64> {
+    pub async fn verify(&self, id: ChunkId) -> FsResult<Settled> {
         let chunk = self.existing(id)?;
         self.0.env.blocking(move || Ok(chunk.noting(|| chunk.verify()))).await?
     }
@@ -63,7 +65,7 @@ impl Store {
             let first = sealed.partition_point(|chunk| *chunk <= after % (sealed[sealed.len() - 1] + 1));
             for chunk in sealed[first..].iter().chain(&sealed[..first]) {
                 let bytes = match self.verify(ChunkId(*chunk)).await {
-                    Ok(bytes) => bytes,
+                    Ok(settled) => settled.length,
                     Err(error) => {
                         tracing::error!(%error, "scrub");
                         0

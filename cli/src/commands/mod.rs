@@ -4,6 +4,7 @@ mod append;
 mod cat;
 mod client;
 mod df;
+mod fsck;
 mod get;
 mod leader;
 mod ls;
@@ -78,9 +79,11 @@ enum Command {
     Df(df::Args),
     /// Show the state of the cluster
     Status(status::Args),
-    /// Show the chunk daemons
+    /// Show and manage the chunk daemons
     #[command(subcommand)]
     Node(node::Command),
+    /// Check the whole cluster while it works: metadata, and that every replica is there
+    Fsck(fsck::Args),
     /// Manage the clients
     #[command(subcommand)]
     Client(client::Command),
@@ -132,6 +135,7 @@ pub async fn run(cli: Cli) -> Result {
         Command::Df(args) => df::run(&context, args).await,
         Command::Status(args) => status::run(&context, args).await,
         Command::Node(command) => node::run(&context, command).await,
+        Command::Fsck(args) => fsck::run(&context, args).await,
         Command::Client(command) => client::run(&context, command).await,
         Command::Sync(args) => sync::run(&context, args).await,
     }

@@ -13,15 +13,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Rows in key order.
 pub type Rows = Vec<(Vec<u8>, Vec<u8>)>;
 
-/// The export that may be under way, and the gate that every change of the store goes through.
+/// The exports that are under way, and the gate that every change of the store goes through.
 #[derive(Default)]
 pub struct Exports {
-    /// Taken before anything is read from or written to the store.
-    active: Mutex<Option<Export>>,
+    /// By number. Taken before anything is read from or written to the store.
+    active: Mutex<BTreeMap<u64, Export>>,
 }
 
 struct Export {
-    number: u64,
     cursor: Vec<u8>,
     /// Pre-images of keys at or above the cursor; None: there was no such key.
     kept: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
@@ -31,31 +30,28 @@ struct Export {
 pub enum Piece {
     Rows(Rows),
     End,
-    /// Another export or a new state took its place.
+    /// A new state took its place.
     Cancelled,
 }
 
 impl Exports {
-    fn active(&self) -> MutexGuard<'_, Option<Export>> {
+    fn active(&self) -> MutexGuard<'_, BTreeMap<u64, Export>> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins an export of the state as it is now; an earlier one is cancelled. Answers its number.
+    /// Begins an export of the state as it is now, under a number of its own.
     pub fn begin(&self, number: u64) {
-        *self.active() = Some(Export { number, cursor: keys::everything().0, kept: BTreeMap::new() });
+        self.active().insert(number, Export { cursor: keys::everything().0, kept: BTreeMap::new() });
     }
 
     /// Ends the export, if it is still under way.
     pub fn end(&self, number: u64) {
-        let mut active = self.active();
-        if active.as_ref().is_some_and(|export| export.number == number) {
-            *active = None;
-        }
+        self.active().remove(&number);
     }
 
-    /// Ends whatever export is under way: the state is about to be replaced.
+    /// Ends whatever exports are under way: the state is about to be replaced.
     pub fn cancel(&self) {
-        *self.active() = None;
+        self.active().clear();
     }
 
     /// Changes the store.
@@ -64,7 +60,7 @@ impl Exports {
     /// When the store cannot be read or written.
     pub fn apply(&self, kv: &dyn Kv, writes: &WriteSet) -> io::Result<()> {
         let mut active = self.active();
-        if let Some(export) = active.as_mut() {
+        for export in active.values_mut() {
             for key in writes.range(export.cursor.clone()..).map(|(key, _)| key) {
                 if !export.kept.contains_key(key) {
                     export.kept.insert(key.clone(), kv.get(key)?);
@@ -80,7 +76,7 @@ impl Exports {
     /// When the store cannot be read.
     pub fn next(&self, kv: &dyn Kv, number: u64, max_bytes: usize) -> io::Result<Piece> {
         let mut active = self.active();
-        let Some(export) = active.as_mut().filter(|export| export.number == number) else {
+        let Some(export) = active.get_mut(&number) else {
             return Ok(Piece::Cancelled);
         };
         let end = keys::everything().1;
@@ -165,18 +161,28 @@ mod tests {
             }
             prop_assert_eq!(seen, expected);
             exports.end(7);
-            prop_assert!(exports.active().is_none());
+            prop_assert!(exports.active().is_empty());
         }
     }
 
     #[test]
-    fn a_later_export_cancels_the_earlier_one() {
+    fn exports_side_by_side_show_each_its_own_beginning() {
         let (kv, exports) = (MemKv::new(), Exports::default());
+        let write = |value: u8| WriteSet::from([(vec![1, 1], Some(vec![value]))]);
+        exports.apply(&kv, &write(1)).unwrap();
         exports.begin(1);
+        exports.apply(&kv, &write(2)).unwrap();
         exports.begin(2);
-        assert!(matches!(exports.next(&kv, 1, 9).unwrap(), Piece::Cancelled));
+        exports.apply(&kv, &write(3)).unwrap();
+        let shown = |number| match exports.next(&kv, number, 9).unwrap() {
+            Piece::Rows(rows) => rows[0].1[0],
+            Piece::End | Piece::Cancelled => panic!("it has a row"),
+        };
+        assert_eq!((shown(2), shown(1)), (2, 1));
         exports.end(1);
-        assert!(matches!(exports.next(&kv, 2, 9).unwrap(), Piece::Rows(rows) if rows.is_empty()));
+        assert!(matches!(exports.next(&kv, 1, 9).unwrap(), Piece::Cancelled));
         assert!(matches!(exports.next(&kv, 2, 9).unwrap(), Piece::End));
+        exports.cancel();
+        assert!(matches!(exports.next(&kv, 2, 9).unwrap(), Piece::Cancelled));
     }
 }

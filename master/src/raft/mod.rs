@@ -28,6 +28,7 @@ mod store;
 mod tests;
 mod types;
 
+pub use export::Piece;
 pub use node::Node;
 pub use service::RaftService;
 pub use sim::SimStorage;

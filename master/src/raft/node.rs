@@ -7,7 +7,7 @@ use super::network::{Network, probe};
 use super::propose::{Batcher, Proposal};
 use super::recover::{self, Opened};
 use super::service::RaftService;
-use super::store::{Shared, StateMachine};
+use super::store::{Shared, StateExport, StateMachine};
 use super::types::Raft;
 use super::{Leadership, Member, NotLeader, RaftConfig, RaftStatus, StartError, Storage};
 use crate::state::{Applied, Kv};
@@ -179,6 +179,12 @@ impl Node {
             return Err(self.not_leader(false));
         }
         confirmed.await.unwrap_or_else(|_| Err(self.not_leader(false)))
+    }
+
+    /// The applied state as it is now, whatever is applied while it is read.
+    #[must_use]
+    pub fn export(&self) -> StateExport {
+        self.shared.export()
     }
 
     /// The applied state. Only read it.

@@ -245,6 +245,13 @@ impl Shared {
         }
     }
 
+    /// The state as it is now, to be read piece by piece while entries go on being applied.
+    pub fn export(self: &Arc<Self>) -> StateExport {
+        let number = self.export_number.fetch_add(1, Ordering::Relaxed);
+        self.exports.begin(number);
+        StateExport { shared: Arc::clone(self), number }
+    }
+
     fn newest(&self) -> io::Result<Option<Kept>> {
         Ok(self.snapshots.list()?.into_iter().next())
     }
@@ -270,6 +277,28 @@ impl Shared {
             (applied.0.map_or(0, |id| id.index), data.length()?);
         *self.applied.lock().unwrap_or_else(PoisonError::into_inner) = applied;
         Ok(())
+    }
+}
+
+/// A consistent view of the state.
+pub struct StateExport {
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+impl Drop for StateExport {
+    fn drop(&mut self) {
+        self.shared.exports.end(self.number);
+    }
+}
+
+impl StateExport {
+    /// Some more rows. Blocks.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn next(&self) -> io::Result<Piece> {
+        self.shared.exports.next(&*self.shared.store, self.number, snapshot::BLOCK_BYTES)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The Admin service: what `dfs status` shows.
 
 use super::census::Census;
+use super::fsck;
 use super::nodes::millis;
 use super::repairing::Progress;
 use super::term::Term;
@@ -14,6 +15,8 @@ use dfs_proto::v1::{
 use dfs_proto::{InodeNo, NodeId, SessionId};
 use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 /// Orphans are counted up to here.
@@ -60,6 +63,17 @@ impl v1::admin_server::Admin for AdminService {
             return Err(Status::not_found(format!("there is no session {id}")));
         }
         Ok(Response::new(v1::EvictReply {}))
+    }
+
+    type FsckStream = ReceiverStream<Result<v1::FsckReply, Status>>;
+
+    async fn fsck(&self, request: Request<v1::FsckRequest>) -> Result<Response<Self::FsckStream>, Status> {
+        let v1::FsckRequest { deep, now_ms, proof } = request.into_inner();
+        self.check_proof("fsck", 0, now_ms, &proof)?;
+        let term = self.shared.term().await.map_err(|_| not_here())?;
+        let (replies, outgoing) = mpsc::channel(1);
+        tokio::spawn(fsck::run(term, deep, replies));
+        Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 
     async fn change_node(

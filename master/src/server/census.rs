@@ -54,6 +54,7 @@ pub async fn run(term: Arc<Term>) {
             tokio::time::sleep(PAUSE).await;
         }
         *term.census.lock().unwrap_or_else(PoisonError::into_inner) = census;
+        term.repairs.tidy(term.now());
         tokio::time::sleep(REST).await;
     }
 }

@@ -287,6 +287,7 @@ impl NodeLink {
         self.term.nodes.unknown(self.node, unknown);
         self.find_missing(&report);
         if report.last {
+            self.term.nodes.reported(self.node);
             self.term.jobs.unpark();
         }
     }

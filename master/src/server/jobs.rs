@@ -1,4 +1,5 @@
-//! What the leader still has to do with chunks: one queue, each job in it once.
+//! What the leader still has to do with chunks: each job once, in one of two lanes, so that seals, for which clients wait,
+//! never wait for daemons that are slow to delete.
 
 use dfs_proto::{ChunkId, NodeId};
 use std::collections::{BTreeSet, VecDeque};
@@ -19,16 +20,34 @@ pub enum Job {
     Delete { node: NodeId, chunk: ChunkId },
 }
 
-/// The queue.
+/// Jobs of one kind, worked through side by side with the others.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Lane {
+    Seals,
+    Replicas,
+}
+
+impl Job {
+    const fn lane(self) -> Lane {
+        match self {
+            Self::Seal(_) => Lane::Seals,
+            Self::Mend { .. } | Self::Delete { .. } => Lane::Replicas,
+        }
+    }
+}
+
+/// The queues.
 #[derive(Default)]
 pub struct Jobs {
     inner: Mutex<Inner>,
-    wake: Notify,
+    /// For each lane.
+    wake: [Notify; 2],
 }
 
 #[derive(Default)]
 struct Inner {
-    queue: VecDeque<Job>,
+    /// For each lane.
+    queues: [VecDeque<Job>; 2],
     /// Everything that waits or is being done.
     known: BTreeSet<Job>,
     /// Fenced chunks of which no replica that was found is long enough.
@@ -59,29 +78,30 @@ impl Jobs {
         if !inner.known.insert(job) {
             return;
         }
+        let lane = job.lane() as usize;
         if urgent {
-            inner.queue.push_front(job);
+            inner.queues[lane].push_front(job);
         } else {
-            inner.queue.push_back(job);
+            inner.queues[lane].push_back(job);
         }
         drop(inner);
-        self.wake.notify_one();
+        self.wake[lane].notify_one();
     }
 
-    /// The next job; None when the term is over.
-    pub async fn next(&self) -> Option<Job> {
+    /// The next job of a lane; None when the term is over.
+    pub async fn next(&self, lane: Lane) -> Option<Job> {
         loop {
             {
                 let mut inner = self.inner();
                 if inner.closed {
                     return None;
                 }
-                if let Some(job) = inner.queue.pop_front() {
+                if let Some(job) = inner.queues[lane as usize].pop_front() {
                     return Some(job);
                 }
             }
-            // One consumer: a permit stored in between is taken at once.
-            self.wake.notified().await;
+            // One consumer a lane: a permit stored in between is taken at once.
+            self.wake[lane as usize].notified().await;
         }
     }
 
@@ -112,6 +132,6 @@ impl Jobs {
     /// The term is over.
     pub fn close(&self) {
         self.inner().closed = true;
-        self.wake.notify_one();
+        self.wake.iter().for_each(Notify::notify_one);
     }
 }

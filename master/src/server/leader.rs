@@ -1,5 +1,6 @@
 //! What a master does while it leads, beside answering: sessions expire, orphans are freed, chunks sealed and dropped.
 
+use super::jobs::Lane;
 use super::term::Term;
 use super::{Gone, Shared, census, change, repairing, sealing, space};
 use crate::leases::table::Kind;
@@ -50,7 +51,8 @@ pub async fn run(shared: Arc<Shared>) {
             work.spawn(expire_sessions(Arc::clone(term)));
             work.spawn(note_leases(Arc::clone(term)));
             work.spawn(free_orphans(Arc::clone(term)));
-            work.spawn(sealing::run(Arc::clone(term)));
+            work.spawn(sealing::run(Arc::clone(term), Lane::Seals));
+            work.spawn(sealing::run(Arc::clone(term), Lane::Replicas));
             work.spawn(repairing::run(Arc::clone(term)));
             work.spawn(space::run(Arc::clone(term)));
             work.spawn(census::run(Arc::clone(term)));

@@ -9,6 +9,7 @@ mod census;
 mod change;
 mod connection;
 mod control;
+mod fsck;
 mod jobs;
 mod leader;
 mod locking;

@@ -52,6 +52,8 @@ struct Node {
     heartbeat: Option<Heartbeat>,
     /// The last time that clients could not append to it.
     complaint: Option<Complaint>,
+    /// Its first report since it attached is complete.
+    reported: bool,
     /// Chunks in its report that this cluster does not know. They are left alone.
     unknown: u64,
 }
@@ -131,7 +133,7 @@ impl Nodes {
         // What was read of it may be older than what was decided since.
         node.row = NodeRow { draining: node.row.draining, ..row };
         node.seen = now;
-        node.unknown = 0;
+        (node.unknown, node.reported) = (0, false);
         node.link = Some(Link { instance, generation, orders: sender, pending: BTreeMap::new() });
         drop(table);
         self.links.send_modify(|links| *links += 1);
@@ -179,6 +181,13 @@ impl Nodes {
             };
             let repeated = since.is_some_and(|since| now < since + MEMORY);
             node.complaint = Some(Complaint { since: now, repeated });
+        }
+    }
+
+    /// Everything that the daemon has was compared with what it should have.
+    pub fn reported(&self, node: NodeId) {
+        if let Some(node) = self.table().nodes.get_mut(&node) {
+            node.reported = true;
         }
     }
 
@@ -313,6 +322,7 @@ impl Nodes {
                 domain: node.map(Node::domain).unwrap_or_default(),
                 health: node.map_or(Health::Dead, |node| node.health(now)),
                 draining: node.is_some_and(|node| node.row.draining),
+                reported: node.is_some_and(|node| node.reported),
                 free: ByteLen(
                     node.and_then(|node| node.heartbeat.as_ref()).map_or(0, |beat| beat.free_bytes),
                 ),
@@ -405,7 +415,7 @@ impl Nodes {
 
 impl Node {
     fn new(row: NodeRow, now: Duration) -> Self {
-        Self { row, link: None, seen: now, heartbeat: None, complaint: None, unknown: 0 }
+        Self { row, link: None, seen: now, heartbeat: None, complaint: None, reported: false, unknown: 0 }
     }
 
     fn domain(&self) -> Domain {

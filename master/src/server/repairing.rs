@@ -7,7 +7,7 @@ use super::Gone;
 use super::jobs::Job;
 use super::nodes::OrderError;
 use super::term::Term;
-use crate::placement::Health;
+use crate::placement::{Candidate, Health};
 use crate::repair::{Flaw, Replicas, Step, Urgency};
 use dfs_proto::limits::{COPIES_PER_NODE, COPY_WAIT_MS, SLOWEST_COPY};
 use dfs_proto::v1::{self, ChunkState, ErrorCode, chunk_state::Phase, order, system};
@@ -183,7 +183,9 @@ impl Repairs {
 
     /// A daemon is back: what it could not do before it may be able to do now.
     pub fn returned(&self, node: NodeId) {
-        for flaws in self.inner().flaws.values_mut() {
+        let mut inner = self.inner();
+        inner.resting.clear();
+        for flaws in inner.flaws.values_mut() {
             if let Some(flaw) = flaws.get_mut(&node) {
                 flaw.hopeless = false;
             }
@@ -195,6 +197,25 @@ impl Repairs {
         let inner = self.inner();
         let free = inner.waiting.iter().filter(|(_, chunk)| !inner.claimed.contains(chunk));
         free.take(TRIES).map(|(_, chunk)| *chunk).collect()
+    }
+
+    /// Nothing can be done for a chunk: it is left alone for a while.
+    fn rest(&self, chunk: ChunkId, now: Duration) {
+        self.forget(chunk);
+        self.inner().resting.insert(chunk, now + REST);
+    }
+
+    /// A chunk was dropped: nothing about it matters any more.
+    pub fn dropped(&self, chunk: ChunkId) {
+        self.forget(chunk);
+        let mut inner = self.inner();
+        inner.flaws.remove(&chunk);
+        inner.resting.remove(&chunk);
+    }
+
+    /// Once in a while: what was left alone long enough is not remembered for ever.
+    pub fn tidy(&self, now: Duration) {
+        self.inner().resting.retain(|_, until| *until > now);
     }
 
     fn forget(&self, chunk: ChunkId) {
@@ -296,32 +317,51 @@ fn next(term: &Term) -> Option<(ChunkState, Claim<'_>, Step)> {
         let all_free = free.len() == candidates.len();
         (free, all_free)
     };
+    loop {
+        let (step, forgotten) = first_step(term, &candidates, &free, all_free);
+        if step.is_some() || !forgotten {
+            return step;
+        }
+    }
+}
+
+/// Goes through the most urgent chunks: a step, and whether any of them left the queue without one.
+fn first_step<'a>(
+    term: &'a Term,
+    candidates: &[Candidate],
+    free: &[Candidate],
+    all_free: bool,
+) -> (Option<(ChunkState, Claim<'a>, Step)>, bool) {
+    let (repairs, mut forgotten) = (&term.repairs, false);
     for id in repairs.first() {
         let Some(chunk) = sealed(term, id) else {
             repairs.forget(id);
+            forgotten = true;
             continue;
         };
         let (holders, flaws) = (term.nodes.holders(&chunk), repairs.flaws(id));
         let mut random = || term.shared.env.random();
         let capacity = ByteLen(chunk.committed);
         let replicas = Replicas::new(&chunk, &holders, &flaws);
-        match replicas.next(&free, &*term.placement, capacity, &mut random) {
+        match replicas.next(free, &*term.placement, capacity, &mut random) {
             Step::Nothing => {
                 let busy = !all_free
-                    && replicas.next(&candidates, &*term.placement, capacity, &mut random) != Step::Nothing;
+                    && replicas.next(candidates, &*term.placement, capacity, &mut random) != Step::Nothing;
                 if !busy {
-                    repairs.forget(id);
+                    // The census comes by sooner than anything about it changes, and there may be many.
+                    repairs.rest(id, term.now());
+                    forgotten = true;
                 }
             }
             step => {
                 // Somebody else may have claimed it this very moment; it is looked at again then.
                 let Some(claim) = repairs.claim(id) else { continue };
                 repairs.forget(id);
-                return Some((chunk, claim, step));
+                return (Some((chunk, claim, step)), forgotten);
             }
         }
     }
-    None
+    (None, forgotten)
 }
 
 /// A sealed chunk with bytes that somebody needs, as applied.
@@ -360,7 +400,11 @@ async fn copy(term: &Term, chunk: &ChunkState, to: NodeId, sources: &[NodeId], a
         bytes_per_second: term.shared.settings.repair_bandwidth,
         anew,
     });
-    let wait = Duration::from_millis(COPY_WAIT_MS) + Duration::from_secs(chunk.committed / SLOWEST_COPY);
+    let slowest = match term.shared.settings.repair_bandwidth {
+        0 => SLOWEST_COPY,
+        limit => SLOWEST_COPY.min(limit / (2 * COPIES_PER_NODE as u64)).max(1),
+    };
+    let wait = Duration::from_millis(COPY_WAIT_MS) + Duration::from_secs(chunk.committed / slowest);
     let ordered = term.nodes.order(term.number, to, &op, Instant::now() + wait);
     let dead = async {
         while term.nodes.health(to) != Health::Dead {
@@ -407,6 +451,12 @@ async fn count(term: &Term, chunk: &ChunkState, node: NodeId) -> Result<bool, Go
 
 /// A replica counts no more, and its daemon is told. True: the chunk is to be looked at again.
 async fn drop_replica(term: &Term, id: ChunkId, node: NodeId, relied: &[NodeId]) -> Result<bool, Gone> {
+    // They say that they have it, now; a seal of what is sealed changes nothing.
+    for other in relied {
+        if !super::sealing::is_there(term, id, *other).await {
+            return Ok(true);
+        }
+    }
     let relied = relied.iter().map(|node| node.get()).collect();
     let drop = v1::DropReplica { chunk: id.get(), node: node.get(), relied };
     if let Err(error) = term.shared.system(system::Op::DropReplica(drop)).await? {

@@ -1,7 +1,7 @@
 //! Carries out [`crate::seal`]'s decisions, and the leader's other jobs with chunks, a bounded number at once.
 
 use super::Gone;
-use super::jobs::Job;
+use super::jobs::{Job, Lane};
 use super::nodes::OrderError;
 use super::repairing;
 use super::term::Term;
@@ -11,7 +11,7 @@ use crate::seal::{Action, Event, Sealing};
 use crate::state;
 use dfs_proto::limits::{NODE_DEAD_MS, SEAL_WAIT_MS};
 use dfs_proto::v1::{self, chunk_state::Phase, order, system, system_answer};
-use dfs_proto::{ByteLen, ChunkId, Epoch, NodeId};
+use dfs_proto::{ByteLen, ChunkId, Epoch, FsError, NodeId};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use std::sync::Arc;
@@ -25,14 +25,17 @@ const PARKED_RETRY: Duration = Duration::from_secs(10);
 /// How long a daemon may take over an order that nobody waits for.
 const ORDER_WAIT: Duration = Duration::from_secs(30);
 
-/// Works through the term's jobs until it ends.
-pub async fn run(term: Arc<Term>) {
+/// How long a job waits for a chunk that is being repaired before it goes to the end of the queue.
+const CLAIM_WAIT: Duration = Duration::from_secs(2);
+
+/// Works through one lane of the term's jobs until it ends.
+pub async fn run(term: Arc<Term>, lane: Lane) {
     let mut running = FuturesUnordered::new();
     let mut retry = tokio::time::interval(PARKED_RETRY);
     retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            job = term.jobs.next(), if running.len() < JOBS_AT_ONCE => {
+            job = term.jobs.next(lane), if running.len() < JOBS_AT_ONCE => {
                 let Some(job) = job else { return };
                 running.push(carry_out(Arc::clone(&term), job));
             }
@@ -41,7 +44,7 @@ pub async fn run(term: Arc<Term>) {
                     return;
                 }
             }
-            _ = retry.tick() => term.jobs.unpark(),
+            _ = retry.tick(), if lane == Lane::Seals => term.jobs.unpark(),
         }
     }
 }
@@ -120,7 +123,7 @@ fn refuse(
     sealing: &mut Sealing,
     chunk: ChunkId,
     what: &str,
-    answer: &Result<system_answer::Body, dfs_proto::FsError>,
+    answer: &Result<system_answer::Body, FsError>,
 ) -> Action {
     tracing::debug!(%chunk, ?answer, what, "not carried out");
     sealing.on(Event::Refused)
@@ -188,8 +191,9 @@ async fn mend(term: &Term, node: NodeId, id: ChunkId) -> Result<After, Gone> {
     if !term.nodes.is_attached(node) {
         return Ok(After::Done);
     }
-    let Some(_claim) = term.repairs.claimed(id, Instant::now() + ORDER_WAIT).await else {
-        return Ok(After::Done);
+    let again = After::Another(Job::Mend { node, chunk: id });
+    let Some(_claim) = term.repairs.claimed(id, Instant::now() + CLAIM_WAIT).await else {
+        return Ok(again);
     };
     let Some(chunk) = read(term, id).filter(|chunk| chunk.phase() == Phase::Sealed) else {
         return Ok(After::Done);
@@ -207,21 +211,47 @@ async fn mend(term: &Term, node: NodeId, id: ChunkId) -> Result<After, Gone> {
                 tracing::info!(chunk = %id, node = repairing::hex(node), %error, "a replica was found but not counted");
             }
         }
-        Err(OrderError::Refused(error)) if listed => {
-            if term.repairs.flawed(id, node, error.code == v1::ErrorCode::ErrorNoChunk) {
-                tracing::error!(chunk = %id, node = repairing::hex(node), %error, "a replica is damaged or missing");
-            }
-        }
+        Err(OrderError::Refused(error)) if listed => note_flaw(term, id, node, &error),
         Err(OrderError::Refused(error)) => {
             tracing::info!(chunk = %id, node = repairing::hex(node), %error, "a replica that does not count cannot be closed");
             return Ok(After::Another(Job::Delete { node, chunk: id }));
         }
         Err(error @ (OrderError::Away | OrderError::TimedOut)) => {
             tracing::info!(chunk = %id, node = repairing::hex(node), %error, "not closed");
+            return Ok(again);
         }
     }
     repairing::consider(term, id);
     Ok(After::Done)
+}
+
+/// A daemon that should have a whole replica says why it has none.
+fn note_flaw(term: &Term, id: ChunkId, node: NodeId, error: &FsError) {
+    if term.repairs.flawed(id, node, error.code == v1::ErrorCode::ErrorNoChunk) {
+        tracing::error!(chunk = %id, node = repairing::hex(node), %error, "a replica is damaged or missing");
+    }
+}
+
+/// Whether a daemon has a whole replica of a sealed chunk; what it says against it is noted.
+pub async fn is_there(term: &Term, id: ChunkId, node: NodeId) -> bool {
+    let Some(chunk) = read(term, id).filter(|chunk| chunk.phase() == Phase::Sealed) else { return false };
+    let asked = cut_one(term, id, Epoch(chunk.epoch), ByteLen(chunk.committed), node).await;
+    judge_answer(term, id, node, asked.map(drop))
+}
+
+/// Whether a daemon says that its replica is whole; what it says against it is noted.
+pub fn judge_answer(term: &Term, id: ChunkId, node: NodeId, answer: Result<(), OrderError>) -> bool {
+    match answer {
+        Ok(()) => true,
+        Err(OrderError::Refused(error)) => {
+            note_flaw(term, id, node, &error);
+            false
+        }
+        Err(error @ (OrderError::Away | OrderError::TimedOut)) => {
+            tracing::info!(chunk = %id, node = repairing::hex(node), %error, "not asked");
+            false
+        }
+    }
 }
 
 fn is_whole(term: &Term, chunk: &v1::ChunkState) -> bool {
@@ -232,9 +262,8 @@ fn is_whole(term: &Term, chunk: &v1::ChunkState) -> bool {
 /// Has a daemon delete a replica that does not count, judged by what is applied while nobody else may change that. One that
 /// is away has its replicas judged when it is back.
 async fn delete(term: &Term, node: NodeId, id: ChunkId) -> After {
-    let Some(_claim) = term.repairs.claimed(id, Instant::now() + ORDER_WAIT).await else {
-        return After::Done;
-    };
+    let again = After::Another(Job::Delete { node, chunk: id });
+    let Some(_claim) = term.repairs.claimed(id, Instant::now() + CLAIM_WAIT).await else { return again };
     if !term.nodes.is_attached(node) || !is_garbage(term, node, id) {
         return After::Done;
     }
@@ -245,7 +274,7 @@ async fn delete(term: &Term, node: NodeId, id: ChunkId) -> After {
             tracing::warn!(chunk = %id, node = repairing::hex(node), %error, "not deleted");
             After::Done
         }
-        Err(OrderError::TimedOut) => After::Another(Job::Delete { node, chunk: id }),
+        Err(OrderError::TimedOut) => again,
     }
 }
 

@@ -69,6 +69,9 @@ async fn drop_chunks(term: &Term, chunks: &[ChunkId]) -> Result<(), super::Gone>
             return Ok(());
         }
     };
+    for chunk in &dropped {
+        term.repairs.dropped(ChunkId(*chunk));
+    }
     for (chunk, node) in replicas {
         if dropped.contains(&chunk.get()) {
             term.jobs.add(Job::Delete { node, chunk }, false);

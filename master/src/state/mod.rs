@@ -21,7 +21,7 @@ mod touched;
 
 use dfs_proto::v1::{self, ErrorCode, Timestamp, answer, command, mutation, system, system_answer};
 use dfs_proto::{FsError, SessionId};
-pub use invariants::check_invariants;
+pub use invariants::{Check, check_invariants};
 pub use kv::{Kv, MemKv, WriteSet};
 use ops::{Caller, State, attr, chunk, create, data, node, orphan, remove, rename, session, xattr};
 pub use query::{access_of_holder, check_open, layout, query};

@@ -160,6 +160,9 @@ fn carry_out(memory: &mut Memory, order: Order) -> OrderDone {
             memory.lengths.remove(&delete.chunk);
             memory.sealed.remove(&delete.chunk);
         }
+        order::Op::Verify(verify) => {
+            done.length = memory.sealed.get(&verify.chunk).copied().unwrap_or(0);
+        }
         order::Op::Copy(copy) => {
             memory.lengths.insert(copy.chunk, copy.length);
             memory.sealed.insert(copy.chunk, copy.length);

@@ -7,7 +7,7 @@ use dfs_master::raft::SimStorage;
 use dfs_master::state;
 use dfs_proto::checksum::crc32c;
 use dfs_proto::{ChunkId, NodeId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// What was seen below committed lengths: chunk and length to checksum.
@@ -16,24 +16,53 @@ pub struct Committed {
     seen: BTreeMap<(ChunkId, u64), u32>,
 }
 
+/// Replicas that faults took.
+#[derive(Default)]
+pub struct Lost {
+    /// The daemons whose disks are still there.
+    pub nodes: BTreeSet<NodeId>,
+    /// Where bits were flipped.
+    pub rotten: BTreeSet<(String, ChunkId)>,
+}
+
+impl Lost {
+    fn contains(&self, node: NodeId, host: &str, chunk: ChunkId) -> bool {
+        !self.nodes.contains(&node) || self.rotten.contains(&(host.to_owned(), chunk))
+    }
+}
+
 impl Committed {
-    pub fn observe(&mut self, masters: &[Arc<SimStorage>], replicas: &Replicas) -> Result<(), Violation> {
+    /// `lost`: replicas that a fault took or damaged; they are known to be missing, or will be.
+    pub fn observe(
+        &mut self,
+        masters: &[Arc<SimStorage>],
+        replicas: &Replicas,
+        lost: &Lost,
+    ) -> Result<(), Violation> {
         for storage in masters {
             let kv = storage.kv();
             let failed = |error| format!("I2: cannot read a state: {error}");
             for chunk in state::chunks(kv, ChunkId(0), usize::MAX).map_err(failed)? {
                 let id = ChunkId(chunk.chunk);
-                // One that another master has dropped already may be gone from the disks too.
-                let everywhere =
-                    masters.iter().all(|other| matches!(state::chunk_state(other.kv(), id), Ok(Some(_))));
-                if chunk.committed == 0 || !everywhere {
+                if chunk.committed == 0 {
                     continue;
                 }
-                for node in &chunk.nodes {
+                // What another master has dropped already may be gone from the disks too.
+                let everywhere = |node: &u64| {
+                    let listed = |other: &Arc<SimStorage>| match state::chunk_state(other.kv(), id) {
+                        Ok(Some(chunk)) => chunk.nodes.contains(node),
+                        Ok(None) | Err(_) => false,
+                    };
+                    masters.iter().all(listed)
+                };
+                for node in chunk.nodes.iter().filter(|node| everywhere(node)) {
                     let row = state::node(kv, NodeId(*node)).map_err(failed)?;
                     let host = row
                         .map(|row| row.host)
                         .ok_or_else(|| format!("I1: chunk {id} lists an unknown node"))?;
+                    if lost.contains(NodeId(*node), &host, id) {
+                        continue;
+                    }
                     let held = replicas.get(&id).and_then(|replicas| replicas.get(&host));
                     let held = held.map(|replica| replica.payload.as_slice()).unwrap_or_default();
                     self.compare(id, chunk.committed, &host, held)?;

@@ -5,11 +5,13 @@ mod i2;
 mod i4;
 mod i6;
 pub mod i7;
+pub mod whole;
 
 use crate::disk::SimDisk;
 use crate::workload::Violation;
 use dfs_master::raft::SimStorage;
-use dfs_proto::InodeNo;
+use dfs_master::state::chunk_state;
+use dfs_proto::{ChunkId, InodeNo};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -19,6 +21,7 @@ pub struct Watch {
     disks: Vec<(String, SimDisk)>,
     committed: i2::Committed,
     owners: i4::Owners,
+    lost: i2::Lost,
 }
 
 impl Watch {
@@ -28,6 +31,7 @@ impl Watch {
             disks: disks.collect(),
             committed: i2::Committed::default(),
             owners: i4::Owners::default(),
+            lost: i2::Lost::default(),
         }
     }
 
@@ -35,11 +39,21 @@ impl Watch {
     pub fn observe(&mut self) -> Result<(), Violation> {
         let chunks = crate::chunks::on_disks(&self.disks);
         self.owners.observe(&self.masters, &chunks)?;
-        self.committed.observe(&self.masters, &chunks)
+        self.lost.nodes = crate::chunks::nodes(&self.disks);
+        self.committed.observe(&self.masters, &chunks, &self.lost)
+    }
+
+    /// A fault damaged a replica.
+    pub fn rotten(&mut self, host: &str, chunk: ChunkId) {
+        self.lost.rotten.insert((host.to_owned(), chunk));
     }
 
     /// When it has come to rest. `acknowledged`: of each directory, how many changes of its names.
     pub fn at_end(&mut self, acknowledged: &BTreeMap<InodeNo, u64>) -> Result<(), Violation> {
+        // What faults took has been made anew by now, except of chunks that nobody needs any more.
+        let kv = self.masters[0].kv();
+        let idle = |chunk: ChunkId| matches!(chunk_state(kv, chunk), Ok(Some(chunk)) if chunk.live == 0);
+        self.lost.rotten.retain(|(_, chunk)| idle(*chunk));
         self.observe()?;
         i6::check(&self.masters, acknowledged)?;
         i7::check(&self.masters)?;

@@ -15,30 +15,53 @@ use std::ops::ControlFlow;
 
 /// Every violation found, in words; empty when all is well.
 pub fn check_invariants(kv: &dyn Kv) -> Vec<String> {
-    let mut found = Found::default();
-    let mut violations = Violations::default();
+    let mut check = Check::default();
     let (from, to) = keys::everything();
     let scanned = kv.scan(&from, &to, &mut |key, value| {
-        if let Err(error) = found.note(key, value) {
-            violations.push(error.to_string());
-        }
+        check.row(key, value);
         ControlFlow::Continue(())
     });
-    if let Err(error) = scanned {
-        violations.push(format!("the store cannot be read: {error}"));
-        return violations.0;
+    match scanned {
+        Ok(()) => check.violations(),
+        Err(error) => vec![format!("the store cannot be read: {error}")],
     }
-    match &found.cluster {
-        None if found.rows == 0 => {}
-        None => violations.push("there are rows but no cluster row"),
-        Some(cluster) => {
-            check_counters(&found, cluster, &mut violations);
-            names::check(&found, cluster, &mut violations);
-            chunks::check(&found, &mut violations);
-            check_sessions(&found, &mut violations);
+}
+
+/// A check of a state that is read row by row. It keeps about what the rows take.
+#[derive(Default)]
+pub struct Check {
+    found: Found,
+    violations: Violations,
+}
+
+impl Check {
+    /// The next row. The Raft layer's own rows are none of the state.
+    pub fn row(&mut self, key: &[u8], value: &[u8]) {
+        if let Err(error) = self.found.note(key, value) {
+            self.violations.push(error.to_string());
         }
     }
-    violations.0
+
+    /// How many inodes and chunks there were.
+    pub fn seen(&self) -> (u64, u64) {
+        (self.found.inodes.len() as u64, self.found.chunks.len() as u64)
+    }
+
+    /// Every violation found, in words; empty when all is well.
+    pub fn violations(self) -> Vec<String> {
+        let Self { found, mut violations } = self;
+        match &found.cluster {
+            None if found.rows == 0 => {}
+            None => violations.push("there are rows but no cluster row"),
+            Some(cluster) => {
+                check_counters(&found, cluster, &mut violations);
+                names::check(&found, cluster, &mut violations);
+                chunks::check(&found, &mut violations);
+                check_sessions(&found, &mut violations);
+            }
+        }
+        violations.0
+    }
 }
 
 #[derive(Default)]

@@ -1,0 +1,63 @@
+//! `dfs fsck`
+
+use super::Context;
+use super::leader::KeyFile;
+use crate::Result;
+use crate::error::CliError;
+use dfs_client::v1::{FsckReply, FsckRequest};
+use serde_json::json;
+
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Have the chunk daemons read every byte of their replicas, not only say that they are there
+    #[arg(long)]
+    deep: bool,
+    #[command(flatten)]
+    key: KeyFile,
+}
+
+/// Checks the whole cluster while it works. Fails when anything is wrong, or could not be checked.
+pub async fn run(context: &Context, args: Args) -> Result {
+    let deep = args.deep;
+    let mut stream = args
+        .key
+        .order(context, async |mut master, by| {
+            let (now_ms, proof) = (by.now_ms(), by.proof("fsck", 0));
+            master.fsck(FsckRequest { deep, now_ms, proof }).await
+        })
+        .await?
+        .into_inner();
+    let (mut problems, mut last) = (Vec::new(), FsckReply::default());
+    loop {
+        let reply = stream.message().await.map_err(|status| CliError::Failed(status.message().to_owned()))?;
+        let Some(mut reply) = reply else { break };
+        for problem in std::mem::take(&mut reply.problems) {
+            if !context.output.json {
+                context.output.text(&format!("{problem}\n"))?;
+            }
+            problems.push(problem);
+        }
+        last = reply;
+    }
+    if !last.done {
+        return Err(CliError::Failed("the check ended before everything was looked at".to_owned()));
+    }
+    let FsckReply { files, chunks, replicas, replicas_checked, away, .. } = last;
+    if context.output.json {
+        context.output.value(&json!({
+            "files": files, "chunks": chunks, "replicas": replicas, "replicas_checked": replicas_checked,
+            "away": away, "deep": deep, "problems": problems,
+        }))?;
+    } else {
+        let text =
+            format!("{files} files, {chunks} chunks, {replicas_checked} of {replicas} replicas looked at\n");
+        context.output.text(&text)?;
+    }
+    match (problems.len(), away) {
+        (0, 0) => Ok(()),
+        (0, away) => Err(CliError::Failed(format!("{away} replicas are on chunk daemons that are away"))),
+        (count, _) => Err(CliError::Failed(format!(
+            "{count} problems; damaged and missing replicas are being made anew"
+        ))),
+    }
+}
