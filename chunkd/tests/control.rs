@@ -192,3 +192,90 @@ async fn a_master_that_does_not_lead_sends_it_to_the_leader() {
     drop(attached);
     next(&mut follower).await;
 }
+
+/// A daemon of a cluster with one sealed chunk of four records of 100,000 bytes, attached.
+async fn holder(
+    dir: &std::path::Path,
+    name: &str,
+    chunk: u64,
+) -> (dfs_chunkd::Daemon, Attached, mpsc::Receiver<Attached>) {
+    let (address, mut attaching) = master().await;
+    let mut config = config(dir, name);
+    config.masters = vec![address];
+    let daemon = start(config).await;
+    let mut attached = next(&mut attaching).await;
+    attached.hello(1).await;
+    attached.report().await;
+    let mut client = Client::connect(&daemon).await;
+    for record in 0..4 {
+        let offset = record * 100_000;
+        let reply = client.append(append(chunk, offset, payload(offset, 100_000), &[])).await;
+        assert_eq!(reply.failure, None);
+    }
+    let seal = v1::order::Op::Seal(v1::SealOrder { chunk, epoch: 2, length: 400_000 });
+    assert_eq!(attached.order(1, seal).await.failure, None);
+    (daemon, attached, attaching)
+}
+
+/// Changes a byte of the record at this payload offset. Headers are small beside payloads.
+fn damage(dir: &std::path::Path, name: &str, offset: usize) {
+    let files = chunk_files(&dir.join(name));
+    let mut bytes = std::fs::read(&files[0]).expect("read");
+    bytes[offset + 50_000] ^= 1;
+    std::fs::write(&files[0], bytes).expect("written");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_that_are_damaged_in_different_places_make_a_whole_one() {
+    use v1::order::Op;
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (first, mut first_master, _keep) = holder(dir.path(), "d0", 7).await;
+    let (second, _second_master, _keep_too) = holder(dir.path(), "d1", 7).await;
+    let (third, mut third_master, _keep_all) = holder(dir.path(), "d2", 8).await;
+    let copy = |chunk, sources: &[&dfs_chunkd::Daemon], anew| {
+        Op::Copy(v1::CopyOrder {
+            chunk,
+            epoch: 2,
+            length: 400_000,
+            capacity: 64 << 20,
+            sources: sources.iter().map(|daemon| daemon.address().to_owned()).collect(),
+            bytes_per_second: 0,
+            anew,
+        })
+    };
+    damage(dir.path(), "d0", 100_000);
+    damage(dir.path(), "d0", 300_000);
+    damage(dir.path(), "d1", 200_000);
+    let done = third_master.order(1, copy(7, &[&first, &second], false)).await;
+    assert_eq!((done.failure, done.length), (None, 400_000));
+    let mut client = Client::connect(&third).await;
+    for offset in [0, 100_000, 200_000, 300_000] {
+        assert!(client.read(7, offset, 100_000).await.expect("whole") == payload(offset, 100_000));
+    }
+    assert_eq!(third_master.order(1, Op::Verify(v1::VerifyOrder { chunk: 7 })).await.failure, None);
+    // Those that were found damaged tell their master.
+    let told = loop {
+        if let Some(report) = first_master.frame().await.report {
+            break report;
+        }
+    };
+    assert!(told.chunks.len() == 1 && told.chunks[0].damaged && !told.last, "{told:?}");
+    let verified = first_master.order(1, Op::Verify(v1::VerifyOrder { chunk: 7 })).await;
+    assert_eq!(refused(verified), ErrorCode::ErrorCorrupt);
+    // One is made anew in its place, of what the other one has and of what it has itself.
+    let done = first_master.order(1, copy(7, &[&second], true)).await;
+    assert_eq!((done.failure, done.length), (None, 400_000));
+    assert_eq!(first_master.order(1, Op::Verify(v1::VerifyOrder { chunk: 7 })).await.failure, None);
+    assert!(first.store().report().iter().all(|found| !found.damaged));
+    assert_eq!(chunk_files(&dir.path().join("d0")).len(), 1, "nothing is left over");
+    // What nobody has cannot be made.
+    damage(dir.path(), "d0", 200_000);
+    let done = third_master.order(1, copy(7, &[&first, &second], true)).await;
+    assert_eq!(done.failure, None, "it has that record itself");
+    let done = third_master.order(1, copy(9, &[&first, &second], false)).await;
+    assert_eq!(refused(done), ErrorCode::ErrorNoChunk);
+    let (_fourth, mut fourth_master, _keep_every) = holder(dir.path(), "d3", 8).await;
+    let done = fourth_master.order(1, copy(7, &[&first, &second], false)).await;
+    assert_eq!(refused(done), ErrorCode::ErrorCorrupt);
+    assert_eq!(chunk_files(&dir.path().join("d3")).len(), 1, "no half of it stays");
+}

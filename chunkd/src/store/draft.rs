@@ -311,6 +311,24 @@ impl Chunk {
         Ok(Settled { epoch: now.epoch, length: now.length, digest: now.digest })
     }
 
+    /// One record, verified.
+    fn record(&self, file: &dyn DiskFile, entry: &Entry) -> FsResult<v1::FetchedRecord> {
+        let header = self.read_header(file, entry)?;
+        let mut payload = Vec::new();
+        file.append_exact_at(&mut payload, entry.length as usize, entry.payload_position())
+            .map_err(|error| self.unreadable(entry.offset, &error))?;
+        if !units_match(&payload, &header.checksums) {
+            return Err(self.corrupt(entry.offset, "its checksums do not match"));
+        }
+        Ok(v1::FetchedRecord {
+            offset: entry.offset,
+            ino: header.ino.get(),
+            file_offset: header.file_offset.get(),
+            checksums: header.checksums,
+            payload: payload.into(),
+        })
+    }
+
     /// The records from the one at `offset` on, verified: one at least, more while they are short. `end`: the chunk's
     /// length as the asker knows it. Blocks.
     ///
@@ -325,20 +343,12 @@ impl Chunk {
         }
         let mut records = Vec::with_capacity(entries.len());
         for entry in entries.iter().filter(|entry| entry.end() <= end).take(FETCH_RECORDS) {
-            let header = self.read_header(&*file, entry)?;
-            let mut payload = Vec::new();
-            file.append_exact_at(&mut payload, entry.length as usize, entry.payload_position())
-                .map_err(|error| self.unreadable(entry.offset, &error))?;
-            if !units_match(&payload, &header.checksums) {
-                return Err(self.corrupt(entry.offset, "its checksums do not match"));
+            match self.record(&*file, entry) {
+                Ok(record) => records.push(record),
+                Err(error) if records.is_empty() => return Err(error),
+                // Those before it are good; whoever wants this one hears why it is not to be had.
+                Err(_) => break,
             }
-            records.push(v1::FetchedRecord {
-                offset: entry.offset,
-                ino: header.ino.get(),
-                file_offset: header.file_offset.get(),
-                checksums: header.checksums,
-                payload: payload.into(),
-            });
         }
         if records.is_empty() {
             let text = format_args!("{end} is inside the record at offset {offset}");
