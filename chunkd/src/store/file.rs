@@ -288,10 +288,14 @@ impl Chunk {
         self.error(ErrorCode::ErrorCorrupt, format_args!("the record at offset {offset} is damaged: {cause}"))
     }
 
-    /// A file that ends inside what the index promises is damaged; other errors are the disk's.
+    /// A file that ends inside what the index promises is damaged, and so is one that the medium does not give back; other
+    /// errors are the system's.
     pub(super) fn unreadable(&self, offset: u64, error: &std::io::Error) -> FsError {
         if error.kind() == std::io::ErrorKind::UnexpectedEof {
             return self.corrupt(offset, "the file ends before it");
+        }
+        if error.raw_os_error() == Some(libc::EIO) {
+            return self.corrupt(offset, error);
         }
         self.error(ErrorCode::ErrorIo, format_args!("reading at offset {offset}: {error}"))
     }
