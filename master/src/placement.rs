@@ -51,11 +51,27 @@ pub struct Candidate {
 }
 
 impl Candidate {
+    /// How full it is, in thousandths.
+    #[must_use]
+    pub fn fill(&self) -> u64 {
+        fill(self.free, self.total)
+    }
+
     /// Whether it takes new replicas.
     #[must_use]
     pub fn is_open(&self) -> bool {
         self.health <= Health::Doubted && !self.draining
     }
+}
+
+/// How full something is, in thousandths; without any space it is full.
+#[must_use]
+pub fn fill(free: ByteLen, total: ByteLen) -> u64 {
+    if total.get() == 0 {
+        return 1000;
+    }
+    let free = u128::from(free.get().min(total.get())) * 1000 / u128::from(total.get());
+    1000 - u64::try_from(free).unwrap_or(1000)
 }
 
 /// Why there is no place.

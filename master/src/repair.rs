@@ -3,7 +3,7 @@
 //! ```text
 //!   too few good replicas ──▶ Copy to a daemon (anew where a damaged one is) ──▶ looked at again
 //!   enough, and others    ──▶ Drop one of the others                         ──▶ looked at again
-//!   enough, badly placed  ──▶ Copy to a better place, then Drop
+//!   enough, one on a much fuller daemon than another that has none ──▶ Copy to that, then Drop
 //! ```
 //!
 //! A replica is *good* when its daemon is not dead and not drained, and nothing is known against it. It is *solid* when its
@@ -26,7 +26,19 @@ pub struct Holder {
     pub draining: bool,
     /// Since it is there it has told everything it has.
     pub reported: bool,
-    pub free: ByteLen,
+    /// How full it is, in thousandths.
+    pub fill: u64,
+}
+
+/// By how many thousandths one daemon must be fuller than another before replicas are moved. Less would move replicas to and
+/// fro as files come and go.
+const UNEVEN: u64 = 100;
+
+/// Whether some daemons are so much fuller than others that replicas are to be moved.
+#[must_use]
+pub fn is_uneven(candidates: &[Candidate]) -> bool {
+    let fills = || candidates.iter().filter(|candidate| candidate.is_open()).map(Candidate::fill);
+    fills().max().unwrap_or(0) > fills().min().unwrap_or(0) + UNEVEN
 }
 
 /// What is known against a replica that is listed.
@@ -54,8 +66,10 @@ pub enum Step {
 pub enum Urgency {
     /// It has so many good replicas, too few.
     Lacking(u32),
-    /// It has enough, and others besides, or some on a daemon that should be emptied.
+    /// It has enough, and others besides.
     Untidy,
+    /// One is on a daemon that is much fuller than another.
+    Uneven,
 }
 
 /// A chunk's replicas, sorted out.
@@ -123,13 +137,48 @@ impl<'a> Replicas<'a> {
             return self.copy(candidates, placement, capacity, random).unwrap_or(Step::Nothing);
         }
         let solid = self.solid();
-        match self.dispensable() {
+        match dispensable(self, self.holders) {
             Some(node) => {
                 let relied: Vec<NodeId> = solid.into_iter().filter(|solid| *solid != node).collect();
                 if relied.len() >= self.wanted { Step::Drop { node, relied } } else { Step::Nothing }
             }
-            None => Step::Nothing,
+            None => match self.better_place(candidates) {
+                Some(to) => Step::Copy { to, sources: solid, anew: false },
+                None => Step::Nothing,
+            },
         }
+    }
+
+    /// The emptiest daemon to which one of the replicas, all of them solid, is to be moved: the one that would then be the
+    /// least needed is on a much fuller daemon.
+    #[must_use]
+    pub fn better_place(&self, candidates: &[Candidate]) -> Option<NodeId> {
+        if self.solid().len() != self.holders.len() {
+            return None;
+        }
+        let fullest = self.holders.iter().map(|holder| holder.fill).max()?;
+        let listed = |node: NodeId| self.holders.iter().any(|holder| holder.node == node);
+        let mut better: Vec<&Candidate> = candidates
+            .iter()
+            .filter(|candidate| candidate.is_open() && candidate.health == Health::Up)
+            .filter(|candidate| candidate.fill() + UNEVEN < fullest && !listed(candidate.node))
+            .collect();
+        better.sort_by_key(|candidate| (candidate.fill(), candidate.node));
+        let moves = |candidate: &&Candidate| {
+            let mut with = self.holders.to_vec();
+            with.push(Holder {
+                node: candidate.node,
+                domain: candidate.domain.clone(),
+                health: candidate.health,
+                draining: false,
+                reported: true,
+                fill: candidate.fill(),
+            });
+            let left =
+                dispensable(self, &with).and_then(|node| with.iter().find(|holder| holder.node == node));
+            left.is_some_and(|holder| candidate.fill() + UNEVEN < holder.fill)
+        };
+        better.into_iter().find(moves).map(|candidate| candidate.node)
     }
 
     fn copy(
@@ -178,25 +227,32 @@ impl<'a> Replicas<'a> {
         let places = placement.place(&others, &beside, 1, capacity, random)?;
         places.first().copied().ok_or(NoPlace::NoNodes)
     }
+}
 
-    /// The replica that is needed least, when there are more than enough: one that is not good, else one that shares its
-    /// host with another, else one of the same rack, else that of the fullest daemon.
-    fn dispensable(&self) -> Option<NodeId> {
-        if self.holders.len() <= self.wanted {
-            return None;
-        }
-        let shared = |holder: &Holder, same: fn(&Domain, &Domain) -> bool| {
-            let others = self.holders.iter().filter(|other| other.node != holder.node && self.is_good(other));
-            others.filter(|other| same(&other.domain, &holder.domain)).count()
-        };
-        let least = self.holders.iter().min_by_key(|holder| {
-            let hosts = shared(holder, |a, b| a.host == b.host);
-            let racks = shared(holder, |a, b| a.rack == b.rack);
-            let (hosts, racks) = (std::cmp::Reverse(hosts), std::cmp::Reverse(racks));
-            (self.is_good(holder), self.is_solid(holder), hosts, racks, holder.free, holder.node)
-        });
-        least.map(|holder| holder.node)
+/// The replica that is needed least, when there are more than enough: one that is not good, else one that shares its host
+/// with another, else one of the same rack, else that of the fullest daemon.
+fn dispensable(replicas: &Replicas<'_>, holders: &[Holder]) -> Option<NodeId> {
+    if holders.len() <= replicas.wanted {
+        return None;
     }
+    let shared = |holder: &Holder, same: fn(&Domain, &Domain) -> bool| {
+        let others = holders.iter().filter(|other| other.node != holder.node && replicas.is_good(other));
+        others.filter(|other| same(&other.domain, &holder.domain)).count()
+    };
+    let least = holders.iter().min_by_key(|holder| {
+        let hosts = shared(holder, |a, b| a.host == b.host);
+        let racks = shared(holder, |a, b| a.rack == b.rack);
+        let reverse = std::cmp::Reverse::<u64>;
+        (
+            replicas.is_good(holder),
+            replicas.is_solid(holder),
+            reverse(hosts as u64),
+            reverse(racks as u64),
+            reverse(holder.fill),
+            holder.node,
+        )
+    });
+    least.map(|holder| holder.node)
 }
 
 #[cfg(test)]
@@ -250,9 +306,10 @@ mod tests {
         fn holders(&self) -> Vec<Holder> {
             let holder = |id: &u64| {
                 let node = self.nodes.iter().find(|node| node.node.get() == *id).expect("it exists");
-                let Candidate { node, domain, free, health, draining, .. } = node.clone();
+                let fill = node.fill();
+                let Candidate { node, domain, health, draining, .. } = node.clone();
                 let reported = !self.silent.contains(&node);
-                Holder { node, domain, health, draining, reported, free }
+                Holder { node, domain, health, draining, reported, fill }
             };
             self.chunk.nodes.iter().map(holder).collect()
         }
@@ -368,11 +425,38 @@ mod tests {
         assert!(matches!(world.step(), Step::Drop { node: NodeId(2), .. }));
     }
 
+    #[test]
+    fn a_new_daemon_takes_replicas_of_the_fullest() {
+        let mut world = World::new(4, &[1, 2, 3], 3);
+        for (node, free) in [(1, 800), (2, 500), (3, 700), (4, 1900)] {
+            world.node(node).free = ByteLen(free << 20);
+        }
+        assert!(is_uneven(&world.nodes));
+        assert_eq!(world.urgency(), None, "nothing is wrong with it");
+        let copy = world.step();
+        assert_eq!(copy, Step::Copy { to: NodeId(4), sources: nodes(&[1, 2, 3]), anew: false });
+        let mut moved = world.clone();
+        moved.carry_out(&copy);
+        assert_eq!(moved.step(), Step::Drop { node: NodeId(2), relied: nodes(&[1, 3, 4]) });
+        // Not where it would share a host with one that stays; in the place of one it would share it with, it may.
+        world.node(4).domain.host = "host1".to_owned();
+        assert_eq!(world.step(), Step::Copy { to: NodeId(4), sources: nodes(&[1, 2, 3]), anew: false });
+        world.node(1).free = ByteLen(1850 << 20);
+        assert_eq!(world.step(), Step::Nothing, "the one that shares its host is as empty");
+        // Nor for little.
+        let mut world = World::new(4, &[1, 2, 3], 3);
+        world.node(4).free = ByteLen(GIB + (200 << 20));
+        assert!(!is_uneven(&world.nodes));
+        assert_eq!(world.step(), Step::Nothing);
+    }
+
     fn world() -> impl Strategy<Value = World> {
-        let node = (0_u8..4, any::<bool>(), 0_u8..5, any::<bool>());
+        let node = (0_u8..4, any::<bool>(), 0_u8..5, any::<bool>(), 1_u64..100, 0_u8..4);
         (prop::collection::vec(node, 1..7), 1_u32..4).prop_map(|(described, wanted)| {
             let mut world = World::new(described.len() as u64, &[], wanted);
-            for (at, (health, draining, flaw, holds)) in (1..).zip(described) {
+            for (at, (health, draining, flaw, holds, full, host)) in (1..).zip(described) {
+                world.node(at).free = ByteLen((100 - full) * (GIB / 50));
+                world.node(at).domain.host = format!("host{host}");
                 world.node(at).health =
                     [Health::Up, Health::Doubted, Health::Suspect, Health::Dead][usize::from(health)];
                 world.node(at).draining = draining;
@@ -417,6 +501,8 @@ mod tests {
                         return Ok(());
                     }
                     Step::Copy { to, sources, .. } => {
+                        let lacking = matches!(world.urgency(), Some(Urgency::Lacking(_)));
+                        prop_assert!(lacking || world.urgency().is_none());
                         let own = world.flaws.get(to).is_some_and(|flaw| !flaw.missing);
                         prop_assert!(!sources.contains(to) && (own || !sources.is_empty()));
                         let target = world.node(to.get()).clone();

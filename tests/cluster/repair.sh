@@ -103,6 +103,24 @@ clean
 dfs node undrain "${KEY[@]}" "$(node chunkd-4)"
 refused 1 'there is no chunk daemon 77' dfs node drain "${KEY[@]}" 77
 
+step "a new daemon takes its share"
+for i in 1 2 3 4 5; do
+    crash "chunkd-$i"
+    sed -i '1i capacity = "600MiB"' "$HOME_DIR/conf/chunkd-$i.toml"
+    start "chunkd-$i"
+done
+mkdir "$HOME_DIR/data/chunkd-6"
+sed 's/chunkd-1/chunkd-6/g; s/^listen = .*/listen = "127.0.0.1:0"/; /^advertise/d' "$HOME_DIR/conf/chunkd-1.toml" >"$HOME_DIR/conf/chunkd-6.toml"
+start chunkd-6
+wait_for 30 is "sum(n['state'] == 'up' for n in s['nodes'])" 6 || fail "not all daemons are up: $(dfs node ls)"
+fills() { status "$1(n['used_bytes'] * 1000 // n['total_bytes'] for n in s['nodes'] if n['state'] == 'up')"; }
+even() { (($(fills max) <= $(fills min) + 150)); }
+wait_for 90 even || fail "not even: $(dfs node ls)"
+(($(files chunkd-6) >= 2)) || fail "chunkd-6 has $(files chunkd-6) chunks"
+wait_for 30 is "$whole" || fail "not whole: $(dfs status)"
+right || fail "a file changed"
+clean
+
 step "any two of five daemons may die at once"
 crash chunkd-1 chunkd-5
 umount "$MNT"

@@ -40,6 +40,8 @@ pub async fn run(term: Arc<Term>) {
                     break;
                 }
             };
+            let candidates = term.nodes.candidates();
+            let uneven = crate::repair::is_uneven(&candidates);
             for chunk in &page {
                 count(&mut census, &term.nodes, chunk);
                 if should_seal(&term, chunk) {
@@ -47,6 +49,9 @@ pub async fn run(term: Arc<Term>) {
                 }
                 if chunk.phase() == Phase::Sealed && chunk.live > 0 {
                     super::repairing::consider_state(&term, chunk);
+                    if uneven {
+                        super::repairing::consider_moving(&term, chunk, &candidates);
+                    }
                 }
             }
             let Some(last) = page.last().filter(|_| page.len() == PAGE) else { break };

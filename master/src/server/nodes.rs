@@ -1,6 +1,6 @@
 //! The chunk daemons as the leader sees them: who is up, how full they are, and the way to give them orders.
 
-use crate::placement::{Candidate, Domain, Health};
+use crate::placement::{self, Candidate, Domain, Health};
 use crate::repair::Holder;
 use dfs_env::Clock;
 use dfs_proto::limits::{HEARTBEAT_MS, NODE_DEAD_MS, NODE_SUSPECT_MS};
@@ -323,9 +323,9 @@ impl Nodes {
                 health: node.map_or(Health::Dead, |node| node.health(now)),
                 draining: node.is_some_and(|node| node.row.draining),
                 reported: node.is_some_and(|node| node.reported),
-                free: ByteLen(
-                    node.and_then(|node| node.heartbeat.as_ref()).map_or(0, |beat| beat.free_bytes),
-                ),
+                fill: node.and_then(|node| node.heartbeat.as_ref()).map_or(1000, |beat| {
+                    placement::fill(ByteLen(beat.free_bytes), ByteLen(beat.total_bytes))
+                }),
             }
         };
         chunk.nodes.iter().map(holder).collect()

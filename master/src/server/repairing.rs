@@ -24,6 +24,8 @@ use tokio::time::Instant;
 const WAITING_MAX: usize = 1 << 20;
 /// The most steps carried out at once; how many of them are copies depends on the number of daemons.
 const STEPS_AT_ONCE: usize = 256;
+/// How many chunks may wait when one that is merely in an uneven place is added.
+const MOVES_MAX: usize = 64;
 /// Of how many chunks the next step is worked out before it is seen that no daemon can take a copy now.
 const TRIES: usize = 32;
 /// How often it is looked whether a daemon that is copying still lives.
@@ -472,6 +474,20 @@ async fn drop_replica(term: &Term, id: ChunkId, node: NodeId, relied: &[NodeId])
 /// A daemon as `dfs node ls` shows it.
 pub fn hex(node: NodeId) -> tracing::field::DisplayValue<String> {
     tracing::field::display(format!("{:016x}", node.get()))
+}
+
+/// Queues a sealed chunk that is as it should be if one of its replicas should be on a daemon that is much emptier. Few at a
+/// time: each move makes the next one less needed.
+pub fn consider_moving(term: &Term, chunk: &ChunkState, candidates: &[Candidate]) {
+    let id = ChunkId(chunk.chunk);
+    let (holders, flaws) = (term.nodes.holders(chunk), term.repairs.flaws(id));
+    let replicas = Replicas::new(chunk, &holders, &flaws);
+    if replicas.urgency().is_none()
+        && term.repairs.inner().waiting.len() < MOVES_MAX
+        && replicas.better_place(candidates).is_some()
+    {
+        term.repairs.add(id, Urgency::Uneven, term.now());
+    }
 }
 
 /// Queues a chunk if it is not as it should be.
