@@ -83,13 +83,17 @@ impl Copier {
     pub async fn copy(&self, order: v1::CopyOrder) -> FsResult<Settled> {
         let chunk = ChunkId(order.chunk);
         let (epoch, capacity) = (Epoch(order.epoch), ByteLen(order.capacity));
+        let mut anew = order.anew;
         let draft = loop {
-            if let Some(settled) = self.is_here(&order).await {
+            if !anew && let Some(settled) = self.is_here(&order).await {
                 return Ok(settled);
             }
             match self.store.draft(chunk, epoch, capacity, order.length).await {
                 // The order was repeated: the copy that is being made is the one that is wanted.
-                Err(error) if error.code == ErrorCode::ErrorBusy => tokio::time::sleep(JOIN).await,
+                Err(error) if error.code == ErrorCode::ErrorBusy => {
+                    anew = false;
+                    tokio::time::sleep(JOIN).await;
+                }
                 draft => break draft?,
             }
         };
@@ -144,7 +148,7 @@ impl Copier {
     async fn is_here(&self, order: &v1::CopyOrder) -> Option<Settled> {
         let chunk = ChunkId(order.chunk);
         let good = |found: &v1::ChunkFound| found.sealed && !found.damaged && found.length == order.length;
-        self.store.found(chunk).filter(good).filter(|_| !order.anew)?;
+        self.store.found(chunk).filter(good)?;
         // After everything that was ordered before, a deletion perhaps; and what a start found may not be on the disk yet.
         let seal = ChunkOrder::Seal { epoch: Epoch(order.epoch), length: order.length };
         self.store.order(chunk, seal).await.ok()

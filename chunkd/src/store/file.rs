@@ -268,13 +268,16 @@ impl Chunk {
         loop {
             let generation = lock(&self.state).generation;
             let result = read();
-            match &result {
-                Err(error) if error.code == ErrorCode::ErrorCorrupt => {}
-                _ => return result,
-            }
+            let Err(error) = &result else { return result };
             let mut state = lock(&self.state);
+            if state.phase == Phase::Absent {
+                return result;
+            }
             if state.generation != generation {
                 continue;
+            }
+            if error.code != ErrorCode::ErrorCorrupt {
+                return result;
             }
             if !std::mem::replace(&mut state.rotten, true) {
                 drop(state);

@@ -72,12 +72,15 @@ impl Chunk {
     ///
     /// # Errors
     /// ERROR_NO_CHUNK; ERROR_STALE_EPOCH when a higher epoch is here; ERROR_RANGE when fewer bytes are here;
-    /// ERROR_CONFLICT when it was sealed at another length or `length` is inside a record; what the disk says.
+    /// ERROR_CORRUPT when it is sealed and known to be damaged; ERROR_CONFLICT when it was sealed at another length or `length` is inside a record; what the disk says.
     pub fn seal(&self, epoch: Epoch, length: u64) -> FsResult<Settled> {
         let mut state = self.snapshot();
         match state.phase {
             Phase::Absent => return Err(self.error(ErrorCode::ErrorNoChunk, "there is no such chunk here")),
             Phase::Sealed if state.length == length => {
+                if self.report().is_some_and(|found| found.damaged) {
+                    return Err(self.error(ErrorCode::ErrorCorrupt, "damage was found in it"));
+                }
                 // A start may have found the footer in the page cache of a process that was killed before its sync.
                 self.sync()?;
                 return Ok(self.settled());

@@ -66,6 +66,8 @@ impl Store {
             for chunk in sealed[first..].iter().chain(&sealed[..first]) {
                 let bytes = match self.verify(ChunkId(*chunk)).await {
                     Ok(settled) => settled.length,
+                    // Deleted since the round began.
+                    Err(error) if error.code == ErrorCode::ErrorNoChunk => continue,
                     Err(error) => {
                         tracing::error!(%error, "scrub");
                         0

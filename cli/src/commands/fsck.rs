@@ -42,22 +42,27 @@ pub async fn run(context: &Context, args: Args) -> Result {
     if !last.done {
         return Err(CliError::Failed("the check ended before everything was looked at".to_owned()));
     }
-    let FsckReply { files, chunks, replicas, replicas_checked, away, .. } = last;
+    let FsckReply { files, chunks, replicas, replicas_checked, away, lacking, .. } = last;
     if context.output.json {
         context.output.value(&json!({
             "files": files, "chunks": chunks, "replicas": replicas, "replicas_checked": replicas_checked,
-            "away": away, "deep": deep, "problems": problems,
+            "away": away, "lacking": lacking, "deep": deep, "problems": problems,
         }))?;
     } else {
         let text =
             format!("{files} files, {chunks} chunks, {replicas_checked} of {replicas} replicas looked at\n");
         context.output.text(&text)?;
     }
-    match (problems.len(), away) {
-        (0, 0) => Ok(()),
-        (0, away) => Err(CliError::Failed(format!("{away} replicas are on chunk daemons that are away"))),
-        (count, _) => Err(CliError::Failed(format!(
-            "{count} problems; damaged and missing replicas are being made anew"
-        ))),
+    let mut wrong = Vec::new();
+    if !problems.is_empty() {
+        let count = problems.len();
+        wrong.push(format!("{count} problems; damaged and missing replicas are being made anew"));
     }
+    if lacking > 0 {
+        wrong.push(format!("{lacking} chunks have fewer replicas than they should"));
+    }
+    if away > 0 {
+        wrong.push(format!("{away} replicas are on chunk daemons that are away"));
+    }
+    if wrong.is_empty() { Ok(()) } else { Err(CliError::Failed(wrong.join("; "))) }
 }

@@ -71,8 +71,10 @@ impl v1::admin_server::Admin for AdminService {
         let v1::FsckRequest { deep, now_ms, proof } = request.into_inner();
         self.check_proof("fsck", 0, now_ms, &proof)?;
         let term = self.shared.term().await.map_err(|_| not_here())?;
+        let alone = Arc::clone(&term.fsck).try_acquire_owned();
+        let alone = alone.map_err(|_| Status::resource_exhausted("another check is under way"))?;
         let (replies, outgoing) = mpsc::channel(1);
-        tokio::spawn(fsck::run(term, deep, replies));
+        tokio::spawn(fsck::run(term, deep, replies, alone));
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 

@@ -12,7 +12,7 @@ use dfs_proto::{ByteLen, ChunkId, FsError, FsResult, NodeId};
 use futures::StreamExt;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -20,11 +20,14 @@ use tonic::Status;
 const PAGE: usize = 1024;
 const AT_ONCE: usize = 16;
 const PROGRESS: u64 = 256;
+/// How many violations of the state's own rules are told one by one.
+const PROBLEMS_MAX: usize = 1000;
 
 type Replies = mpsc::Sender<Result<FsckReply, Status>>;
 
-/// Checks everything and tells what it finds, until it is done or nobody listens.
-pub async fn run(term: Arc<Term>, deep: bool, replies: Replies) {
+/// Checks everything and tells what it finds, until it is done or nobody listens. `_alone`: a check keeps about what the state
+/// takes in memory, so there is one at a time.
+pub async fn run(term: Arc<Term>, deep: bool, replies: Replies, _alone: OwnedSemaphorePermit) {
     let mut ended = term.ended();
     let result = tokio::select! {
         result = check(&term, deep, &replies) => result,
@@ -63,7 +66,13 @@ async fn check(term: &Arc<Term>, deep: bool, replies: &Replies) -> Result<(), St
         let Some(last) = page.last() else { break };
         after = ChunkId(last.chunk);
         let mut replicas = Vec::new();
+        for chunk in page.iter().filter(|chunk| chunk.live > 0 && term.jobs.is_parked(ChunkId(chunk.chunk))) {
+            let text =
+                format!("chunk {}: no daemon that is there has all of its committed bytes", chunk.chunk);
+            reply.problems.push(text);
+        }
         for chunk in page.iter().filter(|chunk| chunk.phase() == Phase::Sealed && chunk.live > 0) {
+            reply.lacking += u64::from(chunk.nodes.len() < chunk.wanted_replicas as usize);
             let length = ByteLen(chunk.committed);
             replicas.extend(chunk.nodes.iter().map(|node| (ChunkId(chunk.chunk), length, NodeId(*node))));
         }
@@ -124,7 +133,12 @@ async fn check_state(term: &Arc<Term>) -> FsResult<FsckReply> {
         tokio::task::yield_now().await;
     }
     let (files, chunks) = check.seen();
-    let problems = term.shared.env.blocking(move || Ok(check.violations())).await?;
+    let mut problems = term.shared.env.blocking(move || Ok(check.violations())).await?;
+    if problems.len() > PROBLEMS_MAX {
+        let more = format!("and {} more", problems.len() - PROBLEMS_MAX);
+        problems.truncate(PROBLEMS_MAX);
+        problems.push(more);
+    }
     Ok(FsckReply { problems, files, chunks, ..FsckReply::default() })
 }
 
@@ -146,7 +160,7 @@ async fn check_replica(term: &Term, id: ChunkId, length: ByteLen, node: NodeId, 
         let verified = term.nodes.order(term.number, node, &verify, Instant::now() + wait).await;
         whole = sealing::judge_answer(term, id, node, verified.map(drop));
     }
-    if whole {
+    if whole && !term.repairs.flaws(id).contains_key(&node) {
         return Replica::Whole;
     }
     super::repairing::consider(term, id);

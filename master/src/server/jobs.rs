@@ -115,6 +115,11 @@ impl Jobs {
         self.inner().parked.insert(chunk);
     }
 
+    /// Whether a chunk waits for a daemon that has enough of it.
+    pub fn is_parked(&self, chunk: ChunkId) -> bool {
+        self.inner().parked.contains(&chunk)
+    }
+
     /// Parked chunks are tried again.
     pub fn unpark(&self) {
         let parked = std::mem::take(&mut self.inner().parked);

@@ -28,6 +28,8 @@ const STEPS_AT_ONCE: usize = 256;
 const MOVES_MAX: usize = 64;
 /// Of how many chunks the next step is worked out before it is seen that no daemon can take a copy now.
 const TRIES: usize = 32;
+/// How many times in a row that many are looked at.
+const ROUNDS: usize = 8;
 /// How often it is looked whether a daemon that is copying still lives.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long a chunk is left alone that could not be copied.
@@ -319,12 +321,15 @@ fn next(term: &Term) -> Option<(ChunkState, Claim<'_>, Step)> {
         let all_free = free.len() == candidates.len();
         (free, all_free)
     };
-    loop {
+    for _ in 0..ROUNDS {
         let (step, forgotten) = first_step(term, &candidates, &free, all_free);
         if step.is_some() || !forgotten {
             return step;
         }
     }
+    // There may be very many of which nothing is to be done: copies that are being made are looked at in between.
+    repairs.wake.notify_one();
+    None
 }
 
 /// Goes through the most urgent chunks: a step, and whether any of them left the queue without one.
@@ -350,8 +355,11 @@ fn first_step<'a>(
                 let busy = !all_free
                     && replicas.next(candidates, &*term.placement, capacity, &mut random) != Step::Nothing;
                 if !busy {
-                    // The census comes by sooner than anything about it changes, and there may be many.
-                    repairs.rest(id, term.now());
+                    match replicas.urgency() {
+                        // The census comes by sooner than anything about it changes, and there may be many.
+                        Some(_) => repairs.rest(id, term.now()),
+                        None => repairs.forget(id),
+                    }
                     forgotten = true;
                 }
             }
@@ -454,10 +462,13 @@ async fn count(term: &Term, chunk: &ChunkState, node: NodeId) -> Result<bool, Go
 /// A replica counts no more, and its daemon is told. True: the chunk is to be looked at again.
 async fn drop_replica(term: &Term, id: ChunkId, node: NodeId, relied: &[NodeId]) -> Result<bool, Gone> {
     // They say that they have it, now; a seal of what is sealed changes nothing.
-    for other in relied {
-        if !super::sealing::is_there(term, id, *other).await {
-            return Ok(true);
+    let asked = relied.iter().map(|other| super::sealing::is_there(term, id, *other));
+    if futures::future::join_all(asked).await.contains(&false) {
+        if term.repairs.flaws(id).is_empty() {
+            term.repairs.rest(id, term.now());
+            return Ok(false);
         }
+        return Ok(true);
     }
     let relied = relied.iter().map(|node| node.get()).collect();
     let drop = v1::DropReplica { chunk: id.get(), node: node.get(), relied };

@@ -168,6 +168,8 @@ async fn cut(term: &Term, chunk: ChunkId, epoch: Epoch, length: ByteLen, nodes: 
     let orders = nodes.into_iter().filter(|node| term.nodes.is_attached(*node)).map(|node| async move {
         if let Err(error) = cut_one(term, chunk, epoch, length, node).await {
             tracing::info!(%chunk, node = repairing::hex(node), %error, "not closed");
+            // Asked again, it says whether it is damaged.
+            term.jobs.add(Job::Mend { node, chunk }, false);
         }
     });
     futures::future::join_all(orders).await;
@@ -207,6 +209,7 @@ async fn mend(term: &Term, node: NodeId, id: ChunkId) -> Result<After, Gone> {
         Ok(_) if listed => term.repairs.is_there(id, node),
         Ok(_) => {
             let add = v1::AddReplica { chunk: id.get(), node: node.get() };
+            term.repairs.mended(id, node);
             if let Err(error) = term.shared.system(system::Op::AddReplica(add)).await? {
                 tracing::info!(chunk = %id, node = repairing::hex(node), %error, "a replica was found but not counted");
             }
@@ -227,7 +230,13 @@ async fn mend(term: &Term, node: NodeId, id: ChunkId) -> Result<After, Gone> {
 
 /// A daemon that should have a whole replica says why it has none.
 fn note_flaw(term: &Term, id: ChunkId, node: NodeId, error: &FsError) {
-    if term.repairs.flawed(id, node, error.code == v1::ErrorCode::ErrorNoChunk) {
+    // It may count no more: then nothing is wrong.
+    let listed = |chunk: &v1::ChunkState| {
+        chunk.phase() == Phase::Sealed && chunk.live > 0 && chunk.nodes.contains(&node.get())
+    };
+    if read(term, id).is_some_and(|chunk| listed(&chunk))
+        && term.repairs.flawed(id, node, error.code == v1::ErrorCode::ErrorNoChunk)
+    {
         tracing::error!(chunk = %id, node = repairing::hex(node), %error, "a replica is damaged or missing");
     }
 }
@@ -334,10 +343,11 @@ pub fn judge(
         Phase::Fenced => Report::Job(Job::Seal(id)),
         Phase::Sealed => {
             let listed = chunk.nodes.contains(&node.get());
-            let damaged = found.damaged || found.length < chunk.committed;
-            match (listed, damaged) {
+            // What was short when the report began may have been filled and sealed since: it is asked.
+            let short = found.length < chunk.committed;
+            match (listed, found.damaged) {
                 (true, true) => Report::Damaged,
-                (true, false) if found.sealed => Report::Fine,
+                (true, false) if found.sealed && !short => Report::Fine,
                 (false, true) => Report::Job(Job::Delete { node, chunk: id }),
                 (_, false) => Report::Job(Job::Mend { node, chunk: id }),
             }

@@ -14,7 +14,7 @@ use dfs_proto::{ChunkId, FsError, FsResult, SessionId};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 /// The most sessions at a time.
 const SESSIONS_MAX: usize = 65_536;
@@ -31,6 +31,8 @@ pub struct Term {
     pub nodes: Nodes,
     pub jobs: Jobs,
     pub repairs: Repairs,
+    /// Taken by a check of the whole cluster.
+    pub fsck: Arc<Semaphore>,
     pub placement: Box<dyn Placement>,
     pub census: Mutex<super::census::Census>,
     /// Locked alone: while it is held no other lock is taken.
@@ -92,6 +94,7 @@ impl Term {
             nodes: Nodes::new(Arc::clone(&shared.env.clock), nodes, elected),
             jobs: Jobs::default(),
             repairs: Repairs::default(),
+            fsck: Arc::new(Semaphore::new(1)),
             placement: Box::new(Spread),
             census: Mutex::default(),
             memory: Mutex::new(Memory::new(sessions, notes_of(leased), elected)),
