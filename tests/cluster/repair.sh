@@ -92,7 +92,7 @@ if dfs fsck "${KEY[@]}" --deep >"$WORK/fsck" 2>&1; then fail "fsck --deep saw no
 umount "$MNT"
 up --chunkds 5
 right || fail "a file changed"
-mended() { ! sums | grep -qxFf "$WORK/rotten"; }
+mended() { [[ -z $(sums | grep -xFf "$WORK/rotten" || true) ]]; }
 wait_for 60 mended || fail "not mended: $(dfs status)"
 wait_for 30 is "$whole" || fail "not whole: $(dfs status)"
 
