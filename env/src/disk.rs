@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -90,8 +91,9 @@ pub trait DiskFile: Send + Sync + 'static {
     fn set_len(&self, length: u64) -> io::Result<()>;
     /// Makes the bytes and the length durable (fdatasync).
     fn sync_data(&self) -> io::Result<()>;
-    /// Lets the next reads come from the medium, as far as the system does that: what is in its memory may be forgotten.
-    fn forget_cached(&self) -> io::Result<()> {
+    /// Lets the next reads of a range come from the medium, as far as the system does that: what is in its memory may be
+    /// forgotten once it has been written, and what has not is written soon. Says nothing about durability.
+    fn forget_cached(&self, _range: Range<u64>) -> io::Result<()> {
         Ok(())
     }
 
@@ -273,10 +275,14 @@ impl DiskFile for RealFile {
         self.0.set_len(length)
     }
 
-    fn forget_cached(&self) -> io::Result<()> {
+    fn forget_cached(&self, range: Range<u64>) -> io::Result<()> {
         use std::os::fd::AsRawFd;
+        let from = libc::off_t::try_from(range.start).map_err(io::Error::other)?;
+        // A length of zero would be the rest of the file.
+        let length = range.end.saturating_sub(range.start).max(1);
+        let length = libc::off_t::try_from(length).unwrap_or(libc::off_t::MAX - from);
         // SAFETY: the call takes no memory of ours.
-        match unsafe { libc::posix_fadvise(self.0.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+        match unsafe { libc::posix_fadvise(self.0.as_raw_fd(), from, length, libc::POSIX_FADV_DONTNEED) } {
             0 => Ok(()),
             error => Err(io::Error::from_raw_os_error(error)),
         }

@@ -236,8 +236,16 @@ impl Chunk {
             Ok(()) => {
                 let end = (at + bytes + zeroes.len() as u64).max(state.file_bytes);
                 dir.account(end - state.file_bytes, 0);
+                // The disk begins now; the fdatasync that comes waits for less.
+                let stream = if bytes > SMALL { at..at + bytes } else { 0..0 };
+                durable::pass_by(&*file, path, &stream);
                 let mut state = lock(&self.state);
                 state.file_bytes = end;
+                if !stream.is_empty() {
+                    let before = &state.streamed;
+                    let start = if before.is_empty() { stream.start } else { before.start };
+                    state.streamed = start..stream.end;
+                }
                 state.file = Some(file);
                 Ok(())
             }

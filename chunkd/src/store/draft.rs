@@ -153,6 +153,7 @@ impl Draft {
             let bytes = self.position - from;
             self.shared.dirs.admit(&self.dir, bytes)?;
             self.file.write_vectored_at(&parts, from).map_err(|error| self.disk_failed("writing", error))?;
+            durable::pass_by(&*self.file, &self.path, &(from..self.position));
             self.dir.account(bytes, 0);
             self.file_bytes = self.position;
         }
@@ -231,6 +232,7 @@ impl Draft {
                 recovery::write_footer(&*self.file, &self.header, epoch, at, &self.index, self.digest)
             })
             .map_err(|error| self.disk_failed("sealing", error))?;
+        durable::pass_by(&*self.file, &self.path, &(0..end));
         self.dir.account(end.saturating_sub(self.file_bytes), 0);
         self.file_bytes = end;
         Ok(())
@@ -281,6 +283,7 @@ impl Chunk {
                 name_synced: false,
                 position: draft.file_bytes,
                 file_bytes: draft.file_bytes,
+                streamed: 0..0,
                 digest: draft.digest,
                 generation: self.shared.next_generation(),
                 broken: None,

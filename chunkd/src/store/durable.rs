@@ -12,8 +12,12 @@ use dfs_env::disk::{Disk, DiskFile, OpenMode};
 use dfs_proto::error::ErrorCode;
 use dfs_proto::{FsError, FsResult};
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 use tokio::sync::oneshot;
+
+/// What the system keeps files in memory by, at least.
+const PAGE: u64 = 4096;
 
 /// How far a chunk's bytes have come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -87,6 +91,20 @@ pub fn sync_file(disk: &dyn Disk, file: &dyn DiskFile, path: &Path, name_is_sync
         disk.sync_dir(parent(path)?)?;
     }
     Ok(())
+}
+
+/// Lets a stream of long appends pass through the system's memory: what is not on the disk is written from now on, so that
+/// the fdatasync that comes waits for less; what is makes room for what comes next. Else each append takes new memory.
+pub fn pass_by(file: &dyn DiskFile, path: &Path, written: &Range<u64>) {
+    if written.is_empty() {
+        return;
+    }
+    // Where one range ends inside a page, that page goes with the next one.
+    let from_page = written.start / PAGE * PAGE;
+    // Advice only: an error of the disk is told by the fdatasync.
+    if let Err(error) = file.forget_cached(from_page..written.end) {
+        tracing::debug!(path = %path.display(), %error, "the system keeps what was written");
+    }
 }
 
 /// Cuts a file and makes the cut durable. Without the sync a crash could keep the old length, and bytes written later

@@ -28,6 +28,7 @@ use dfs_env::DiskFile;
 use dfs_env::disk::OpenMode;
 use dfs_proto::error::ErrorCode;
 use dfs_proto::{ByteLen, ChunkId, Epoch, FsError, FsResult, v1};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
@@ -73,6 +74,8 @@ pub(super) struct State {
     /// Where the next record is written in the file.
     pub(super) position: u64,
     pub(super) file_bytes: u64,
+    /// Where long appends lie in the file that no fdatasync has covered: the system need not keep them in memory after it.
+    pub(super) streamed: Range<u64>,
     pub(super) digest: u32,
     /// Tells a file from one that was made again under the same name.
     pub(super) generation: u64,
@@ -98,6 +101,7 @@ impl Chunk {
             name_synced: false,
             position: 0,
             file_bytes: 0,
+            streamed: 0..0,
             digest: 0,
             generation: shared.next_generation(),
             broken: None,
@@ -227,10 +231,12 @@ impl Chunk {
         let file = self.open(&state)?;
         match durable::sync_file(&*self.shared.env.disk, &*file, path, state.name_synced) {
             Ok(()) => {
+                durable::pass_by(&*file, path, &state.streamed);
                 let mut now = lock(&self.state);
                 if now.generation != state.generation {
                     return Err(self.error(ErrorCode::ErrorNoChunk, "it was deleted meanwhile"));
                 }
+                now.streamed.start = now.streamed.start.max(state.streamed.end);
                 // What was written while the sync ran may not be in it.
                 now.synced = now.synced.max(state.length.min(now.length));
                 now.name_synced = true;

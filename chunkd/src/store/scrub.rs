@@ -29,7 +29,7 @@ impl Chunk {
         };
         let io = |error| self.unreadable(0, &error);
         let file = self.shared.env.disk.open(path, OpenMode::Read).map_err(io)?;
-        file.forget_cached().map_err(io)?;
+        file.forget_cached(0..state.file_bytes).map_err(io)?;
         match recovery::verify(&*file, self.id).map_err(io)? {
             Ok(found) if found == (state.length, state.digest) => Ok(settled),
             Ok(_) => Err(self.corrupt(state.length, "it is not the file that was sealed")),

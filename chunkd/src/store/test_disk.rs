@@ -5,6 +5,7 @@ use crate::lock;
 use dfs_env::disk::{Disk, DiskFile, OpenMode, Space};
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -31,6 +32,8 @@ pub struct Faults {
     pub write_below: Mutex<Option<(PathBuf, io::ErrorKind)>>,
     pub sync: AtomicBool,
     pub syncs: AtomicU64,
+    /// Which ranges the system was told not to keep in memory, and whether they were on the disk then.
+    pub forgotten: Mutex<Vec<(Range<u64>, bool)>>,
     /// How many more changes the machine lives to make.
     pub changes_left: Mutex<Option<u64>>,
 }
@@ -171,6 +174,16 @@ impl DiskFile for TestFile {
     fn set_len(&self, length: u64) -> io::Result<()> {
         self.faults.change()?;
         lock(&self.content).live.resize(usize::try_from(length).map_err(io::Error::other)?, 0);
+        Ok(())
+    }
+    fn forget_cached(&self, range: Range<u64>) -> io::Result<()> {
+        let content = lock(&self.content);
+        let part = |bytes: &[u8]| {
+            let at = |end: u64| usize::try_from(end).map_or(bytes.len(), |end| end.min(bytes.len()));
+            bytes[at(range.start)..at(range.end)].to_vec()
+        };
+        let durable = part(&content.live) == part(&content.durable);
+        lock(&self.faults.forgotten).push((range, durable));
         Ok(())
     }
     fn sync_data(&self) -> io::Result<()> {

@@ -127,6 +127,26 @@ async fn any_range_is_answered_with_whole_units_before_and_after_the_seal() {
 }
 
 #[tokio::test]
+async fn a_stream_passes_by_and_small_records_stay_in_memory() {
+    let disk = TestDisk::default();
+    let store = open(&disk).await;
+    let entries = entries(&[1000, 200_000, 300_000, 1000]);
+    let ends: Vec<u64> = entries.iter().map(Entry::end_position).collect();
+    let forgotten = || std::mem::take(&mut *lock(&disk.faults.forgotten));
+    for (entry, sync) in entries.iter().zip([true, false, true, true]) {
+        add(&store, 1, entry.offset, entry.length as usize, sync).await.expect("appended");
+    }
+    let page = |position: u64| position / 4096 * 4096;
+    let expected = [
+        (page(ends[0])..ends[1], false),
+        (page(ends[1])..ends[2], false),
+        // One fdatasync for both; the small record after them is none of it.
+        (page(ends[0])..ends[2], true),
+    ];
+    assert_eq!(forgotten(), expected);
+}
+
+#[tokio::test]
 async fn offsets_follow_the_length_and_retries_must_match() {
     let store = open(&TestDisk::default()).await;
     assert_eq!(code(add(&store, 1, 10, 10, false).await), ErrorCode::ErrorNoChunk);
