@@ -14,10 +14,12 @@ use crate::store::queue::ChunkOrder;
 use dfs_env::Env;
 use dfs_env::rpc::{self, Tuning};
 use dfs_proto::error::ErrorCode;
-use dfs_proto::limits::{CONNECT_MS, HEARTBEAT_MS, MESSAGE_MAX, NODE_DEAD_MS, ORDERS_AT_ONCE, REPORT_CHUNKS};
+use dfs_proto::limits::{
+    CONNECT_MS, HEARTBEAT_MS, MASTER_ADDRESSES_MAX, MESSAGE_MAX, NODE_DEAD_MS, ORDERS_AT_ONCE, REPORT_CHUNKS,
+};
 use dfs_proto::token::ClusterKey;
 use dfs_proto::{ChunkId, Epoch, FsError, FsResult, PROTOCOL_VERSION, v1};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -46,6 +48,8 @@ pub struct Control {
     pub copier: Arc<Copier>,
     pub key: ClusterKey,
     pub masters: Vec<String>,
+    /// What masters said of who they are; tried besides `masters`, which are those of the settings.
+    pub told: Arc<Mutex<Vec<String>>>,
     pub info: NodeInfo,
     pub terms: Arc<Terms>,
 }
@@ -76,8 +80,9 @@ impl Control {
         let mut told = String::new();
         loop {
             let address = hint.take().unwrap_or_else(|| {
+                let known = self.known();
                 next += 1;
-                self.masters[(next - 1) % self.masters.len()].clone()
+                known[(next - 1) % known.len()].clone()
             });
             match self.attach(&address).await {
                 End::Redirect(leader) if !leader.is_empty() && redirects < REDIRECTS => {
@@ -108,6 +113,33 @@ impl Control {
         }
     }
 
+    /// The masters there may be: what they said last, then those of the settings.
+    fn known(&self) -> Vec<String> {
+        let mut known = self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for address in &self.masters {
+            if !known.contains(address) {
+                known.push(address.clone());
+            }
+        }
+        known
+    }
+
+    /// Takes down who the masters are. Only the leader's word makes any of them forgotten: another master may have been
+    /// removed itself.
+    fn learn(&self, masters: Vec<String>, leader: bool) {
+        if masters.is_empty() {
+            return;
+        }
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if leader {
+            *told = masters;
+        } else {
+            let new: Vec<String> = masters.into_iter().filter(|address| !told.contains(address)).collect();
+            told.extend(new);
+        }
+        told.truncate(MASTER_ADDRESSES_MAX);
+    }
+
     async fn attach(&self, address: &str) -> End {
         let bound = Duration::from_millis(CONNECT_MS);
         let (frames, outgoing) = mpsc::channel(ORDERS_AT_ONCE);
@@ -117,6 +149,7 @@ impl Control {
             Ok(Err(error)) => return End::Failed(error),
             Err(_) => return End::Failed(FsError::new(ErrorCode::ErrorTimedOut, "no answer")),
         };
+        self.learn(first.masters, first.welcome.is_some());
         if let Some(refusal) = first.refusal {
             let error = FsError::from(refusal);
             return match error.code {
@@ -262,6 +295,7 @@ impl Control {
                 Err(_) => continue,
             };
             answers_beats |= frame.heartbeat > 0;
+            self.learn(frame.masters, frame.refusal.is_none());
             if let Some(refusal) = frame.refusal {
                 return refusal.into();
             }

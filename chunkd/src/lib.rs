@@ -104,7 +104,8 @@ impl Daemon {
         };
         let (masters, terms) = (config.masters, Arc::new(claim.terms));
         let copier = Arc::new(Copier::new(env.clone(), store.clone(), key.clone()));
-        let control = Control { env, store: store.clone(), copier, key, masters, info, terms };
+        let told = Arc::default();
+        let control = Control { env, store: store.clone(), copier, key, masters, told, info, terms };
         let (scrubbed, mut stopped) = (store.clone(), stopping.clone());
         let scrub = async move {
             tokio::select! {

@@ -27,6 +27,8 @@ pub struct Config {
     pub key: ClusterKey,
     /// The masters of a new cluster, this one included. Empty: this one alone.
     pub peers: BTreeMap<u64, String>,
+    /// There is a cluster, to which this master is added with `dfs master add`: it never forms one.
+    pub join: bool,
     /// Replicas of a chunk, unless its file says otherwise. Decided at the first start of a cluster.
     pub replicas: u32,
     /// Bytes of a chunk, unless its file says otherwise. Decided at the first start of a cluster.
@@ -64,6 +66,8 @@ struct File {
     cluster_key_file: PathBuf,
     #[serde(default)]
     peers: Vec<Peer>,
+    #[serde(default)]
+    join: bool,
     #[serde(default = "replicas")]
     replicas: u32,
     #[serde(default = "chunk_size")]
@@ -130,6 +134,7 @@ impl Config {
             data: data.to_owned(),
             key,
             peers: BTreeMap::new(),
+            join: false,
             replicas: replicas(),
             chunk_size: chunk_size().get(),
             state_cache_bytes: state_cache().get(),
@@ -203,6 +208,12 @@ impl Config {
 
     fn check_peers(&self) -> Result<(), ConfigError> {
         let fail = |text: String| Err(ConfigError(text));
+        if self.join && !self.peers.is_empty() {
+            return fail(
+                "join = true and [[peers]] exclude each other: the cluster tells who its masters are"
+                    .to_owned(),
+            );
+        }
         for (id, address) in &self.peers {
             if *id == 0 {
                 return fail("a peer's id must be 1 or more".to_owned());
@@ -251,6 +262,7 @@ impl File {
             data: self.data,
             key,
             peers,
+            join: self.join,
             replicas: self.replicas,
             chunk_size: self.chunk_size.get(),
             state_cache_bytes: self.state_cache.get(),
@@ -300,7 +312,11 @@ fn canonical(network: IpNet) -> IpNet {
     }
 }
 
-fn check_address(name: &str, address: &str) -> Result<(), ConfigError> {
+/// Whether an address is `host:port`.
+///
+/// # Errors
+/// One line that names the setting.
+pub fn check_address(name: &str, address: &str) -> Result<(), ConfigError> {
     let valid = address.rsplit_once(':').is_some_and(|(host, port)| {
         !host.is_empty() && !host.contains(['/', ' ']) && port.parse::<u16>().is_ok()
     });
@@ -349,6 +365,7 @@ mod tests {
             ("advertise = \"nowhere\"\n", "advertise = \"nowhere\" is not host:port"),
             ("[[peers]]\nid = 2\naddress = \"b:1\"\n", "must list this master too (id = 1)"),
             ("[[peers]]\nid = 1\naddress = \"b:1\"\n", "but it is known by 127.0.0.1:7100"),
+            ("join = true\n[[peers]]\nid = 1\naddress = \"127.0.0.1:7100\"\n", "exclude each other"),
             ("id = 2\n", "duplicate key"),
             ("replicas = \"three\"\n", "invalid type"),
             ("root_squash = [\"10.0.0.0/33\"]\n", "m.toml:5: invalid IP address syntax"),

@@ -103,6 +103,7 @@ fn raft_config(config: &Config, address: &str) -> RaftConfig {
         id: config.id,
         address: address.to_owned(),
         peers,
+        join: config.join,
         dir: config.data.clone(),
         cluster_id: config.key.cluster_id(),
         key: config.key.clone(),
@@ -132,8 +133,12 @@ impl Master {
         self.shared.node.failed().await
     }
 
-    /// Stops serving, then stops the log. Bounded: what does not end in time is left.
+    /// Hands over to another master if this one leads, stops serving, then stops the log. Bounded: what does not end in
+    /// time is left.
     pub async fn shutdown(mut self) {
+        if let Err(reason) = self.shared.node.hand_over(true).await {
+            tracing::info!(%reason, "stopping without a successor");
+        }
         self.shared.stop();
         let stop = async {
             if let Err(error) = (&mut self.leader).await {

@@ -17,6 +17,18 @@ pub const FILE_SIZE_MAX: u64 = i64::MAX as u64;
 /// The most supplementary groups a credential carries (Linux: NGROUPS_MAX).
 pub const GROUPS_MAX: usize = 65_536;
 
+/// The most masters.
+pub const MASTERS_MAX: usize = 7;
+/// The most addresses of masters that a client or a chunk daemon keeps: its own settings, and what masters told it.
+pub const MASTER_ADDRESSES_MAX: usize = 32;
+/// A master that was added votes once it lacks no more than so many entries.
+pub const LEARNER_LAG_ENTRIES: u64 = 1000;
+/// How long the leader waits for another master to say that it lives, and for a change of the group to be agreed on.
+pub const MASTER_PROBE_MS: u64 = 1_000;
+pub const MASTER_CHANGE_MS: u64 = 10_000;
+/// How long a leader that hands over waits for the next one: to catch up, and to lead.
+pub const HAND_OVER_MS: u64 = 3_000;
+
 /// How long a chunk grows unless the cluster or a directory says otherwise.
 pub const CHUNK_SIZE_DEFAULT: u64 = 64 << 20;
 /// The smallest and largest chunk size that may be configured.

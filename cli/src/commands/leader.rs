@@ -9,11 +9,15 @@ use dfs_env::rpc::{Tuning, connect};
 use dfs_proto::token::ClusterKey;
 use std::path::PathBuf;
 use std::time::Duration;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
+use tonic::Code;
 use tonic::transport::Channel;
 
-/// How long the master may take to answer.
-const ANSWER: Duration = Duration::from_secs(10);
+/// How long the master may take to answer: it may have others agree, or hand over.
+const ANSWER: Duration = Duration::from_secs(20);
+/// How long a leader is looked for, and how often.
+const PATIENCE: Duration = Duration::from_secs(20);
+const AGAIN: Duration = Duration::from_millis(250);
 
 #[derive(clap::Args, Debug)]
 pub struct KeyFile {
@@ -39,30 +43,44 @@ impl Authority {
 }
 
 impl KeyFile {
-    /// Has the leader carry out an order.
+    /// Has the leader carry out an order. When the leader changes meanwhile the next one is asked: orders may be repeated.
     pub async fn order<T>(
         &self,
         context: &Context,
-        order: impl AsyncFnOnce(AdminClient<Channel>, Authority) -> std::result::Result<T, tonic::Status>,
+        order: impl AsyncFn(AdminClient<Channel>, Authority) -> std::result::Result<T, tonic::Status>,
     ) -> Result<T> {
         let shown = self.cluster_key_file.display();
         let key = context.env.disk.read(&self.cluster_key_file);
         let key = key.map_err(|error| CliError::Failed(format!("{shown}: {error}")))?;
         let key = ClusterKey::new(&key).map_err(|error| CliError::Failed(format!("{shown}: {error}")))?;
-        let status = ask(context, false).await?;
-        let leader = status.masters.iter().find(|master| master.leader).map(|master| master.address.clone());
-        let leader = leader.ok_or_else(|| CliError::Failed("no master leads".to_owned()))?;
-        let ordering = async {
-            let channel =
-                connect(&context.env, &leader, Tuning::default()).await.map_err(|error| error.to_string())?;
-            let authority = Authority { key, now_ms: context.env.clock.system_ms() };
-            let answer = order(AdminClient::new(channel), authority).await;
-            answer.map_err(|status| status.message().to_owned())
-        };
-        match timeout(ANSWER, ordering).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(cause)) => Err(CliError::Failed(format!("{leader}: {cause}"))),
-            Err(_) => Err(CliError::Failed(format!("{leader}: no answer within {ANSWER:?}"))),
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let status = ask(context, false).await;
+            if status.is_err() && Instant::now() < end {
+                sleep(AGAIN).await;
+                continue;
+            }
+            let leader =
+                status?.masters.iter().find(|master| master.leader).map(|master| master.address.clone());
+            let leader = leader.ok_or_else(|| CliError::Failed("no master leads".to_owned()))?;
+            let ordering = async {
+                let channel = connect(&context.env, &leader, Tuning::default())
+                    .await
+                    .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
+                let authority = Authority { key: key.clone(), now_ms: context.env.clock.system_ms() };
+                order(AdminClient::new(channel), authority).await
+            };
+            match timeout(ANSWER, ordering).await {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(status)) if status.code() == Code::Unavailable && Instant::now() < end => {
+                    sleep(AGAIN).await;
+                }
+                Ok(Err(status)) if status.code() == Code::InvalidArgument => {
+                    return Err(CliError::Usage(format!("{leader}: {}", status.message())));
+                }
+                Ok(Err(status)) => return Err(CliError::Failed(format!("{leader}: {}", status.message()))),
+                Err(_) => return Err(CliError::Failed(format!("{leader}: no answer within {ANSWER:?}"))),
+            }
         }
     }
 }

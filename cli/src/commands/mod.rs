@@ -8,6 +8,7 @@ mod fsck;
 mod get;
 mod leader;
 mod ls;
+mod master;
 mod mkdir;
 mod mv;
 mod node;
@@ -82,6 +83,9 @@ enum Command {
     /// Show and manage the chunk daemons
     #[command(subcommand)]
     Node(node::Command),
+    /// Show, add and remove masters
+    #[command(subcommand)]
+    Master(master::Command),
     /// Check the whole cluster while it works: metadata, and that every replica is there
     Fsck(fsck::Args),
     /// Manage the clients
@@ -135,6 +139,7 @@ pub async fn run(cli: Cli) -> Result {
         Command::Df(args) => df::run(&context, args).await,
         Command::Status(args) => status::run(&context, args).await,
         Command::Node(command) => node::run(&context, command).await,
+        Command::Master(command) => master::run(&context, command).await,
         Command::Fsck(args) => fsck::run(&context, args).await,
         Command::Client(command) => client::run(&context, command).await,
         Command::Sync(args) => sync::run(&context, args).await,

@@ -6,7 +6,7 @@ use crate::error::CliError;
 use crate::format;
 use crate::output::table;
 use dfs_client::v1::admin_client::AdminClient;
-use dfs_client::v1::{NodeStatus, SessionStatus, StatusReply, StatusRequest};
+use dfs_client::v1::{MasterStatus, NodeStatus, SessionStatus, StatusReply, StatusRequest};
 use dfs_env::rpc::{Tuning, connect, root_cause};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -117,19 +117,7 @@ fn human(status: &StatusReply) -> String {
         "raft      term {}, applied {}, snapshot {}\n\n",
         status.term, status.applied, status.snapshot
     ));
-    let masters: Vec<Vec<String>> = status
-        .masters
-        .iter()
-        .map(|master| {
-            let role = match (master.leader, master.voter) {
-                (true, _) => "leader",
-                (false, true) => "follower",
-                (false, false) => "learner",
-            };
-            vec![master.id.to_string(), master.address.clone(), role.to_owned(), master.matched.to_string()]
-        })
-        .collect();
-    text.push_str(&table(&[">MASTER", "ADDRESS", "ROLE", ">LOG"], &masters));
+    text.push_str(&master_table(&status.masters));
     text.push('\n');
     text.push_str(&node_table(&status.nodes));
     if !status.sessions.is_empty() {
@@ -140,6 +128,33 @@ fn human(status: &StatusReply) -> String {
         text.push_str(&format!("\nwarning: {warning}\n"));
     }
     text
+}
+
+/// The masters, for people.
+pub fn master_table(masters: &[MasterStatus]) -> String {
+    let rows: Vec<Vec<String>> = masters
+        .iter()
+        .map(|master| {
+            let role = match (master.leader, master.voter) {
+                (true, _) => "leader",
+                (false, true) => "follower",
+                (false, false) => "learner",
+            };
+            vec![master.id.to_string(), master.address.clone(), role.to_owned(), master.matched.to_string()]
+        })
+        .collect();
+    table(&[">MASTER", "ADDRESS", "ROLE", ">LOG"], &rows)
+}
+
+/// The masters, for programs.
+pub fn master_json(masters: &[MasterStatus]) -> Value {
+    masters
+        .iter()
+        .map(|master| {
+            json!({"id": master.id, "address": master.address, "leader": master.leader, "voter": master.voter,
+                   "matched": master.matched})
+        })
+        .collect()
 }
 
 /// The chunk daemons, for people.
@@ -199,14 +214,6 @@ fn session_table(sessions: &[SessionStatus]) -> String {
 }
 
 fn to_json(status: &StatusReply) -> Value {
-    let masters: Vec<Value> = status
-        .masters
-        .iter()
-        .map(|master| {
-            json!({"id": master.id, "address": master.address, "leader": master.leader, "voter": master.voter,
-                   "matched": master.matched})
-        })
-        .collect();
     let sessions: Vec<Value> = status
         .sessions
         .iter()
@@ -222,7 +229,7 @@ fn to_json(status: &StatusReply) -> Value {
                         "bytes_per_second": repair.bytes_per_second, "flawed": repair.flawed});
     json!({
         "repair": repair, "cluster_id": status.cluster_id, "term": status.term, "applied": status.applied,
-        "snapshot": status.snapshot, "masters": masters, "nodes": node_json(&status.nodes), "sessions": sessions,
+        "snapshot": status.snapshot, "masters": master_json(&status.masters), "nodes": node_json(&status.nodes), "sessions": sessions,
         "files": status.files, "chunks": status.chunks, "live_bytes": status.live_bytes,
         "total_bytes": status.total_bytes, "free_bytes": status.free_bytes, "replicas": status.replicas,
         "chunk_size": status.chunk_size, "under_replicated": status.under_replicated,

@@ -103,12 +103,17 @@ async fn attempt(shared: &Arc<Shared>, address: &str, route: &mut Route) -> End 
         Ok(Err(status)) => return End::Failed(describe(&status)),
         Err(_) => return End::Failed(format!("connected, but no welcome within {WELCOME:?}")),
     };
+    if first.welcome.is_some() {
+        route.learn(&first.masters);
+    } else {
+        route.hear(&first.masters);
+    }
     if let Err(end) = accept(shared, address, first) {
         return end;
     }
     let began = Instant::now();
     tracing::info!(%address, "connected to the leading master");
-    let end = serve(shared, stream).await;
+    let end = serve(shared, stream, route).await;
     if !matches!(end, End::Closed) {
         tracing::warn!(%address, %end, "the connection to the master broke; looking for the leader");
     }
@@ -145,7 +150,7 @@ fn refusal(frame: &MasterFrame) -> Result<(), End> {
 }
 
 /// A welcomed stream, until it ends.
-async fn serve(shared: &Arc<Shared>, mut stream: Streaming<MasterFrame>) -> End {
+async fn serve(shared: &Arc<Shared>, mut stream: Streaming<MasterFrame>, route: &mut Route) -> End {
     let mut heard = Instant::now();
     let mut asked = heard;
     let mut tick = tokio::time::interval(TICK);
@@ -155,6 +160,7 @@ async fn serve(shared: &Arc<Shared>, mut stream: Streaming<MasterFrame>) -> End 
             frame = stream.message() => match frame {
                 Ok(Some(frame)) => {
                     heard = Instant::now();
+                    route.learn(&frame.masters);
                     if let Err(refused) = refusal(&frame) {
                         return refused;
                     }

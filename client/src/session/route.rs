@@ -1,7 +1,7 @@
 //! Which master to try next, and after how long.
 
-use dfs_proto::FsError;
 use dfs_proto::error::ErrorCode;
+use dfs_proto::{FsError, limits};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -25,6 +25,9 @@ enum Tried {
 
 /// The masters' addresses and what came of trying them since the last success.
 pub(super) struct Route {
+    /// Those of the settings, which are tried whatever the cluster says.
+    settings: Vec<String>,
+    /// All that are tried, in turn: what the cluster said last comes first.
     masters: Vec<String>,
     next: usize,
     /// Where a master says the leader is.
@@ -39,6 +42,7 @@ pub(super) struct Route {
 impl Route {
     pub fn new(masters: Vec<String>) -> Self {
         Self {
+            settings: masters.clone(),
             masters,
             next: 0,
             redirect: None,
@@ -46,6 +50,33 @@ impl Route {
             failures: 0,
             tried: BTreeMap::new(),
             had_session: false,
+        }
+    }
+
+    /// The leader says who the masters are.
+    pub fn learn(&mut self, masters: &[String]) {
+        if !masters.is_empty() {
+            let known = self.settings.clone();
+            self.set(masters.iter().cloned().chain(known));
+        }
+    }
+
+    /// A master that does not lead says who the masters are: it may be one that was removed, so nobody is forgotten for that.
+    pub fn hear(&mut self, masters: &[String]) {
+        let known = self.masters.clone();
+        self.set(known.into_iter().chain(masters.iter().cloned()));
+    }
+
+    fn set(&mut self, masters: impl Iterator<Item = String>) {
+        let mut all: Vec<String> = Vec::new();
+        for address in masters.take(2 * limits::MASTER_ADDRESSES_MAX) {
+            if all.len() < limits::MASTER_ADDRESSES_MAX && !address.is_empty() && !all.contains(&address) {
+                all.push(address);
+            }
+        }
+        if all != self.masters {
+            self.masters = all;
+            self.next %= self.masters.len();
         }
     }
 
@@ -182,6 +213,26 @@ mod tests {
         let (address, pause) = route.next(64);
         assert_eq!(address, "z:9");
         assert_eq!(pause, ELECTION_PAUSE, "masters answer, so an election is under way");
+    }
+
+    #[test]
+    fn the_leaders_list_replaces_what_was_heard_and_the_settings_stay() {
+        let list = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let mut route = route();
+        route.hear(&list(&["d:1", "a:1"]));
+        assert_eq!(route.masters, list(&["a:1", "b:1", "c:1", "d:1"]));
+        route.learn(&list(&["d:1", "e:1"]));
+        assert_eq!(route.masters, list(&["d:1", "e:1", "a:1", "b:1", "c:1"]));
+        route.learn(&list(&["e:1", "c:1"]));
+        route.learn(&[]);
+        assert_eq!(route.masters, list(&["e:1", "c:1", "a:1", "b:1"]));
+        let many: Vec<String> = (0..100).map(|n| format!("m{n}:1")).collect();
+        route.hear(&many);
+        assert_eq!(route.masters.len(), limits::MASTER_ADDRESSES_MAX);
+        for _ in 0..40 {
+            let (address, _) = route.next(0);
+            route.failed(&address, "gone".into());
+        }
     }
 
     #[test]

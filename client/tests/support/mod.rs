@@ -72,6 +72,7 @@ impl Cluster {
             data: self.dir.path().join(format!("master-{id}")),
             key: ClusterKey::new(KEY).expect("long enough"),
             peers: self.peers.clone(),
+            join: false,
             replicas: self.shape.replicas,
             chunk_size: self.shape.chunk_size,
             state_cache_bytes: 32 << 20,

@@ -85,7 +85,7 @@ pub struct Envelope {
     /// Equal in a request and its reply.
     #[prost(uint64, tag = "3")]
     pub call: u64,
-    #[prost(oneof = "Body", tags = "4, 5, 6, 7, 8, 9, 10, 11, 12")]
+    #[prost(oneof = "Body", tags = "4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16")]
     pub body: Option<Body>,
 }
 
@@ -110,6 +110,16 @@ pub enum Body {
     Probed(ProbedRow),
     #[prost(string, tag = "12")]
     Failed(String),
+    /// The leader hands over: want to lead, now.
+    #[prost(message, tag = "13")]
+    TakeOver(TakeOverRow),
+    #[prost(message, tag = "14")]
+    TakingOver(TakingOverRow),
+    /// The leader hands over: from now on it may not be relied on, and this candidate may be voted for.
+    #[prost(message, tag = "15")]
+    Expect(ExpectRow),
+    #[prost(message, tag = "16")]
+    Expecting(ExpectingRow),
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -153,6 +163,9 @@ pub struct VotedRow {
     pub granted: bool,
     #[prost(message, optional, tag = "3")]
     pub last: Option<LogIdRow>,
+    /// Whoever asked is none of the masters any more.
+    #[prost(bool, tag = "4")]
+    pub removed: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -176,7 +189,33 @@ pub struct ProbeRow {}
 pub struct ProbedRow {
     #[prost(bool, tag = "1")]
     pub initialized: bool,
+    /// Who answers; 0 from masters that do not say.
+    #[prost(uint64, tag = "2")]
+    pub id: u64,
+    /// It has not caught up and does not vote yet.
+    #[prost(bool, tag = "3")]
+    pub joining: bool,
 }
+
+/// The vote of the leader that hands over.
+#[derive(Clone, PartialEq, Message)]
+pub struct TakeOverRow {
+    #[prost(message, optional, tag = "1")]
+    pub vote: Option<VoteRow>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct TakingOverRow {}
+
+/// The vote that the next leader is about to ask for.
+#[derive(Clone, PartialEq, Message)]
+pub struct ExpectRow {
+    #[prost(message, optional, tag = "1")]
+    pub vote: Option<VoteRow>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ExpectingRow {}
 
 /// Kinds of entries, as they stand in log and messages.
 const BLANK: u32 = 0;

@@ -9,12 +9,17 @@ mod buffered;
 mod codec;
 mod confirm;
 mod disk_log;
+mod elections;
 mod export;
 #[cfg(fuzzing)]
 pub mod fuzz;
+mod handover;
 mod identity;
 mod joining;
 mod log;
+mod members;
+#[cfg(test)]
+mod members_tests;
 mod network;
 mod node;
 mod propose;
@@ -29,6 +34,7 @@ mod tests;
 mod types;
 
 pub use export::Piece;
+pub use members::ChangeError;
 pub use node::Node;
 pub use service::RaftService;
 pub use sim::SimStorage;
@@ -48,6 +54,8 @@ pub struct RaftConfig {
     pub address: String,
     /// The masters that the cluster begins with, this one included.
     pub peers: BTreeMap<u64, String>,
+    /// There is a cluster, to which this master is or will be added: it forms none.
+    pub join: bool,
     /// The data directory; not used with simulated storage.
     pub dir: PathBuf,
     /// The name that the cluster key gives the cluster.

@@ -2,6 +2,9 @@
 
 use super::auth::{Auth, reply_body};
 use super::codec::{self, AppendRow, AppliedRow, Body, SnapshotRow, VoteRequestRow};
+use super::elections::{Bar, Elections};
+use super::handover;
+use super::members;
 use super::types::{LogId, Raft, TypeConfig, Vote};
 use dfs_env::Env;
 use dfs_env::rpc::{self, Tuning};
@@ -57,6 +60,7 @@ struct Shared {
     /// Where masters are, as this master's own settings say; they overrule the replicated membership.
     addresses: BTreeMap<u64, String>,
     links: Mutex<BTreeMap<(u64, String), mpsc::Sender<Call>>>,
+    elections: Arc<Elections>,
 }
 
 /// The way to one master.
@@ -67,8 +71,13 @@ pub struct Peer {
 }
 
 impl Network {
-    pub fn new(env: Env, auth: Auth, addresses: BTreeMap<u64, String>) -> Self {
-        Self { shared: Arc::new(Shared { env, auth, addresses, links: Mutex::default() }) }
+    pub fn new(env: Env, auth: Auth, addresses: BTreeMap<u64, String>, elections: Arc<Elections>) -> Self {
+        Self { shared: Arc::new(Shared { env, auth, addresses, links: Mutex::default(), elections }) }
+    }
+
+    /// The addresses that this master's own settings give.
+    pub fn settings(&self) -> &BTreeMap<u64, String> {
+        &self.shared.addresses
     }
 
     /// Where a master is; `known` is what the membership says.
@@ -79,6 +88,11 @@ impl Network {
     /// The way to a master.
     pub fn peer(&self, id: u64, known: &str) -> Peer {
         Peer { network: self.clone(), id, address: self.address(id, known) }
+    }
+
+    /// The way to a master at an address that is known; 0 for whichever is there.
+    pub fn peer_at(&self, id: u64, address: &str) -> Peer {
+        Peer { network: self.clone(), id, address: address.to_owned() }
     }
 
     /// Ends all streams. Later calls fail.
@@ -319,6 +333,15 @@ impl RaftNetwork<TypeConfig> for Peer {
             last: codec::log_id_row(request.last_log_id.as_ref()),
         };
         match self.call(Body::Vote(row), option.hard_ttl()).await {
+            Ok(Body::Voted(row)) if row.removed => {
+                if self.network.shared.elections.bar(Bar::Removed) {
+                    tracing::warn!(
+                        by = self.id,
+                        "this master was removed from the group: it is of no more use, unless a leader takes it in again"
+                    );
+                }
+                Err(rpc_error(&io::Error::other("this master is none of the others' group any more")))
+            }
             Ok(Body::Voted(row)) => {
                 let vote = codec::vote(row.vote.as_ref()).map_err(|error| rpc_error(&error))?;
                 Ok(VoteResponse {
@@ -357,13 +380,13 @@ impl RaftNetwork<TypeConfig> for Peer {
     }
 }
 
-/// Whether a master that can be reached has a cluster already.
+/// How a master is that can be reached.
 ///
 /// # Errors
-/// When it cannot be asked.
-pub async fn probe(peer: &Peer) -> io::Result<bool> {
-    match peer.call(Body::Probe(codec::ProbeRow {}), Duration::from_secs(2)).await? {
-        Body::Probed(row) => Ok(row.initialized),
+/// When it cannot be asked within `bound`.
+pub async fn probe(peer: &Peer, bound: Duration) -> io::Result<codec::ProbedRow> {
+    match peer.call(Body::Probe(codec::ProbeRow {}), bound).await? {
+        Body::Probed(row) => Ok(row),
         _ => Err(codec::invalid("an unexpected answer to a probe")),
     }
 }
@@ -380,6 +403,8 @@ fn stopped(error: impl std::fmt::Display) -> io::Error {
 pub async fn dispatch(
     raft: &Raft,
     shared: &Arc<super::store::Shared>,
+    id: u64,
+    from: u64,
     body: Option<Body>,
 ) -> io::Result<Body> {
     match body {
@@ -391,6 +416,8 @@ pub async fn dispatch(
                 entries: row.entries.into_iter().map(TryInto::try_into).collect::<io::Result<_>>()?,
             };
             let (vote, commit) = (request.vote, request.leader_commit);
+            // Whoever still appends here has taken this master in again, or never let it go.
+            shared.elections.lift(Bar::Removed);
             let mut answer = codec::AppendedRow::default();
             match raft.append_entries(request).await.map_err(stopped)? {
                 AppendEntriesResponse::Success => answer.success = true,
@@ -403,7 +430,7 @@ pub async fn dispatch(
             }
             let heard = shared.joining.active() && answer.higher.is_none();
             if heard && shared.joining.caught_up(&vote, commit.as_ref(), shared.applied().0.as_ref()) {
-                super::node::end_joining(raft, shared).await?;
+                super::node::end_joining(shared).await?;
                 tracing::info!("caught up with the other masters: this one votes from now on");
             }
             Ok(Body::Appended(answer))
@@ -415,17 +442,30 @@ pub async fn dispatch(
                     "this master is new here and does not vote before it has caught up",
                 ));
             }
+            if members::was_removed(&shared.applied().1, from, last.as_ref()) {
+                let vote = row.vote;
+                return Ok(Body::Voted(codec::VotedRow { vote, removed: true, ..Default::default() }));
+            }
             let request = VoteRequest::new(codec::vote(row.vote.as_ref())?, last);
             let answer = raft.vote(request).await.map_err(stopped)?;
             Ok(Body::Voted(codec::VotedRow {
                 vote: Some((&answer.vote).into()),
                 granted: answer.vote_granted,
                 last: codec::log_id_row(answer.last_log_id.as_ref()),
+                removed: false,
             }))
         }
         Some(Body::Probe(_)) => {
             let initialized = raft.is_initialized().await.map_err(stopped)?;
-            Ok(Body::Probed(codec::ProbedRow { initialized }))
+            Ok(Body::Probed(codec::ProbedRow { initialized, id, joining: shared.joining.active() }))
+        }
+        Some(Body::Expect(row)) => {
+            handover::expect(raft, codec::vote(row.vote.as_ref())?).await.map_err(stopped)?;
+            Ok(Body::Expecting(codec::ExpectingRow {}))
+        }
+        Some(Body::TakeOver(row)) => {
+            handover::take_over(raft, shared, &codec::vote(row.vote.as_ref())?).await?;
+            Ok(Body::TakingOver(codec::TakingOverRow {}))
         }
         _ => Err(codec::invalid("a message of an unknown kind")),
     }

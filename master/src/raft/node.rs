@@ -2,6 +2,7 @@
 
 use super::auth::Auth;
 use super::confirm::{self, Reader};
+use super::elections::Bar;
 use super::log::LogStore;
 use super::network::{Network, probe};
 use super::propose::{Batcher, Proposal};
@@ -33,22 +34,26 @@ const CLOSE_TIME: Duration = Duration::from_secs(20);
 /// Between two attempts to confirm a new leader or to reach the other masters of a new cluster.
 const RETRY: Duration = Duration::from_millis(50);
 const PROBE_EVERY: Duration = Duration::from_millis(200);
+const PROBE_TIME: Duration = Duration::from_secs(2);
 /// A leader that no majority has answered for so long stops saying that it leads: the others have long elected another.
 const MAJORITY_LOST: Duration = Duration::from_secs(3);
 
 /// A running master, as far as consensus goes.
 pub struct Node {
-    id: u64,
-    address: String,
-    raft: Raft,
+    pub(super) id: u64,
+    pub(super) address: String,
+    pub(super) raft: Raft,
     auth: Auth,
     env: Env,
-    network: Network,
+    pub(super) network: Network,
     log: LogStore,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     proposals: mpsc::Sender<Proposal>,
     readers: mpsc::Sender<Reader>,
     leadership: watch::Receiver<Leadership>,
+    pub(super) lead: Arc<Lead>,
+    /// One change of the group, or hand-over, at a time.
+    pub(super) changing: tokio::sync::Mutex<()>,
     /// This master is the only voter: nobody else can lead, and what it acknowledged it has applied.
     alone: Arc<AtomicBool>,
     failure: watch::Receiver<Option<String>>,
@@ -78,17 +83,21 @@ impl Node {
         );
         let shared = Arc::new(shared.map_err(|error| failed(&error))?);
         snapshot_what_the_log_lacks(&log, &shared).await.map_err(|error| failed(&error))?;
-        let network = Network::new(env.clone(), auth.clone(), config.peers.clone());
+        // An address of its own is all that a master without peers knows, and that one it need not look up.
+        let addresses = if config.peers.len() > 1 { config.peers.clone() } else { BTreeMap::new() };
+        let network = Network::new(env.clone(), auth.clone(), addresses, Arc::clone(&shared.elections));
         let machine = StateMachine(Arc::clone(&shared));
         let raft = Raft::new(config.id, settings, network.clone(), log.clone(), machine).await;
         let raft = raft.map_err(|error| failed(&error))?;
         if shared.joining.active() {
-            raft.runtime_config().elect(false);
+            shared.elections.bar(Bar::Joining);
         }
+        shared.elections.govern(&raft);
 
         let (proposals, proposed) = mpsc::channel(PROPOSALS_MAX);
         let (readers, reading) = mpsc::channel(confirm::READERS_MAX);
-        let (leads, leadership) = watch::channel(Leadership::default());
+        let lead = Arc::new(Lead::default());
+        let leadership = lead.leads.subscribe();
         let (fails, failure) = watch::channel(None);
         let alone = Arc::new(AtomicBool::new(false));
         let kv: Arc<dyn Kv> = Arc::clone(&shared.store) as Arc<dyn Kv>;
@@ -103,24 +112,21 @@ impl Node {
             id: config.id,
             raft: raft.clone(),
             network: network.clone(),
-            leads,
+            lead: Arc::clone(&lead),
             fails,
             alone: Arc::clone(&alone),
         };
-        let tasks = vec![
+        let mut tasks = vec![
             tokio::spawn(watcher.run()),
             tokio::spawn(batcher.run()),
             tokio::spawn(confirm::run(raft.clone(), leadership.clone(), reading)),
             tokio::spawn(purge(raft.clone(), shared.purges())),
             tokio::spawn(take_snapshots(raft.clone(), shared.snapshots_due())),
-            tokio::spawn(form_cluster(
-                raft.clone(),
-                network.clone(),
-                Arc::clone(&shared),
-                config.id,
-                config.peers,
-            )),
         ];
+        if !config.join {
+            let (raft, network, shared) = (raft.clone(), network.clone(), Arc::clone(&shared));
+            tasks.push(tokio::spawn(form_cluster(raft, network, shared, config.id, config.peers)));
+        }
         Ok(Arc::new(Self {
             id: config.id,
             address: config.address,
@@ -133,6 +139,8 @@ impl Node {
             proposals,
             readers,
             leadership,
+            lead,
+            changing: tokio::sync::Mutex::new(()),
             alone,
             failure,
             tasks: Mutex::new(tasks),
@@ -308,13 +316,12 @@ fn raft_settings(env: &Env, config: &RaftConfig) -> Result<Config, StartError> {
 }
 
 async fn open(env: &Env, config: &RaftConfig) -> Result<Opened, StartError> {
+    let others = config.join || config.peers.len() > 1;
     match &config.storage {
-        Storage::Sim(storage) => {
-            recover::open_sim(storage, &config.cluster_id, config.id, config.peers.len() > 1)
-        }
+        Storage::Sim(storage) => recover::open_sim(storage, &config.cluster_id, config.id, others),
         Storage::Disk => {
             let (dir, cluster) = (config.dir.clone(), config.cluster_id.clone());
-            let (id, others, cache) = (config.id, config.peers.len() > 1, config.state_cache_bytes);
+            let (id, cache) = (config.id, config.state_cache_bytes);
             env.blocking(move || Ok(recover::open_disk(&dir, &cluster, id, others, cache)))
                 .await
                 .unwrap_or_else(|error| Err(StartError::Failed(error.to_string())))
@@ -370,11 +377,11 @@ async fn purge(raft: Raft, mut upto: watch::Receiver<Option<u64>>) {
 ///
 /// # Errors
 /// When that cannot be noted durably.
-pub async fn end_joining(raft: &Raft, shared: &Arc<Shared>) -> std::io::Result<()> {
+pub async fn end_joining(shared: &Arc<Shared>) -> std::io::Result<()> {
     if shared.joining.active() {
         let joining = Arc::clone(shared);
         shared.env.blocking(move || joining.joining.end()).await?;
-        raft.runtime_config().elect(true);
+        shared.elections.lift(Bar::Joining);
     }
     Ok(())
 }
@@ -399,9 +406,9 @@ async fn form_cluster(
         }
         let mut all_empty = true;
         for (other, address) in peers.iter().filter(|(other, _)| **other != id) {
-            match probe(&network.peer(*other, address)).await {
-                Ok(false) => {}
-                Ok(true) => {
+            match probe(&network.peer(*other, address), PROBE_TIME).await {
+                Ok(row) if !row.initialized => {}
+                Ok(_) => {
                     if !asked_at_all {
                         tracing::info!(master = other, "there is a cluster already, waiting to be taken in");
                     }
@@ -412,7 +419,7 @@ async fn form_cluster(
             }
         }
         if all_empty {
-            if let Err(error) = end_joining(&raft, &shared).await {
+            if let Err(error) = end_joining(&shared).await {
                 tracing::error!(%error, "cannot form a cluster");
                 return;
             }
@@ -429,12 +436,45 @@ async fn form_cluster(
     }
 }
 
+/// What is told of who leads.
+#[derive(Default)]
+pub(super) struct Lead {
+    leads: watch::Sender<Leadership>,
+    /// This master is handing over: it does not say any more that it leads.
+    leaving: AtomicBool,
+}
+
+impl Lead {
+    fn publish(&self, leadership: Leadership) {
+        self.leads.send_if_modified(|known| {
+            if leadership.leading && self.leaving.load(Ordering::Acquire) {
+                return false;
+            }
+            let changed = *known != leadership;
+            *known = leadership;
+            changed
+        });
+    }
+
+    /// From now on this master does not say that it leads.
+    pub(super) fn leave(&self) {
+        self.leaving.store(true, Ordering::Release);
+        let term = self.leads.borrow().term;
+        self.publish(Leadership { leading: false, term, leader: None });
+    }
+
+    /// If it leads, it says so again.
+    pub(super) fn stay(&self) {
+        self.leaving.store(false, Ordering::Release);
+    }
+}
+
 /// Watches openraft: who leads, and whether it has stopped.
 struct Watcher {
     id: u64,
     raft: Raft,
     network: Network,
-    leads: watch::Sender<Leadership>,
+    lead: Arc<Lead>,
     fails: watch::Sender<Option<String>>,
     alone: Arc<AtomicBool>,
 }
@@ -445,27 +485,31 @@ impl Watcher {
         loop {
             let seen = metrics.borrow_and_update().clone();
             let membership = seen.membership_config.membership();
-            let mut voters = membership.voter_ids();
-            self.alone.store(voters.next() == Some(self.id) && voters.next().is_none(), Ordering::Release);
+            // A learner may be a voter before this is heard of: whoever has one is not alone.
+            let mut nodes = membership.nodes().map(|(id, _)| *id);
+            self.alone.store(nodes.next() == Some(self.id) && nodes.next().is_none(), Ordering::Release);
             let leader = seen
                 .current_leader
                 .and_then(|id| membership.get_node(&id).map(|node| self.network.address(id, &node.addr)));
             let term = seen.vote.leader_id().term;
-            let leads = seen.state == ServerState::Leader && seen.current_leader == Some(self.id);
-            let known = self.leads.borrow().clone();
+            let is_leader = seen.state == ServerState::Leader && seen.current_leader == Some(self.id);
+            let leaving = self.lead.leaving.load(Ordering::Acquire);
+            let leads = is_leader && !leaving;
+            let leader = leader.filter(|_| !(is_leader && leaving));
+            let known = self.lead.leads.borrow().clone();
             if leads && known.leading && known.term == term {
                 // The membership has changed, or it is time to look after the majority.
                 if self.majority_lost() {
                     tracing::warn!(term, "no majority of masters answers: this master no longer leads");
-                    self.publish(Leadership { leading: false, term, leader: None });
+                    self.lead.publish(Leadership { leading: false, term, leader: None });
                 }
             } else if leads {
-                self.publish(Leadership { leading: false, term, leader: None });
+                self.lead.publish(Leadership { leading: false, term, leader: None });
                 // Answers when a majority has confirmed this leader and everything before its term is applied.
                 match timeout(STOP_TIME, self.raft.ensure_linearizable()).await {
                     Ok(Ok(_)) => {
                         tracing::info!(term, "this master leads");
-                        self.publish(Leadership { leading: true, term, leader });
+                        self.lead.publish(Leadership { leading: true, term, leader });
                     }
                     Ok(Err(RaftError::Fatal(_))) => {}
                     Ok(Err(RaftError::APIError(_))) | Err(_) => {
@@ -479,14 +523,14 @@ impl Watcher {
                 if known.leading {
                     tracing::info!(term, ?leader, "this master no longer leads");
                 }
-                self.publish(Leadership { leading: false, term, leader });
+                self.lead.publish(Leadership { leading: false, term, leader });
             }
             match timeout(MAJORITY_LOST / 4, metrics.changed()).await {
                 Ok(Ok(())) | Err(_) => {}
                 Ok(Err(_)) => break,
             }
         }
-        self.publish(Leadership::default());
+        self.lead.publish(Leadership::default());
         let running = self.raft.metrics().borrow().running_state.clone();
         let reason = match running {
             Err(Fatal::Stopped) => return,
@@ -501,13 +545,5 @@ impl Watcher {
         let silent = self.raft.metrics().borrow().millis_since_quorum_ack;
         !self.alone.load(Ordering::Acquire)
             && silent.is_some_and(|ms| Duration::from_millis(ms) > MAJORITY_LOST)
-    }
-
-    fn publish(&self, leadership: Leadership) {
-        self.leads.send_if_modified(|known| {
-            let changed = *known != leadership;
-            *known = leadership;
-            changed
-        });
     }
 }

@@ -2,6 +2,7 @@
 
 use super::buffered::BufferedKv;
 use super::codec::{self, AppliedRow};
+use super::elections::Elections;
 use super::export::{Exports, Piece};
 use super::joining::Joining;
 use super::sim::SimStorage;
@@ -127,6 +128,8 @@ pub struct Shared {
     pub store: Arc<Store>,
     pub snapshots: Snapshots,
     pub joining: Joining,
+    /// Whether this master may want to lead.
+    pub elections: Arc<Elections>,
     exports: Exports,
     export_number: AtomicU64,
     applied: Mutex<(Option<LogId>, StoredMembership)>,
@@ -170,6 +173,7 @@ impl Shared {
             store,
             snapshots,
             joining,
+            elections: Arc::default(),
             exports,
             export_number,
             applied,

@@ -95,6 +95,7 @@ fn config(id: u64, peers: BTreeMap<u64, String>, storage: Storage, dir: &Path) -
         id,
         address: peers[&id].clone(),
         peers,
+        join: false,
         dir: dir.to_owned(),
         cluster_id: key().cluster_id(),
         key: key(),
@@ -110,7 +111,7 @@ fn alone(dir: &Path) -> RaftConfig {
     config(1, BTreeMap::from([(1, "localhost:1".to_owned())]), Storage::Disk, dir)
 }
 
-async fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub async fn until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
         assert!(start.elapsed() < Duration::from_secs(60), "waited too long until {what}");
@@ -130,12 +131,12 @@ fn command(op: Op) -> v1::Command {
     }
 }
 
-async fn init(node: &Node) {
+pub async fn init(node: &Node) {
     let op = Op::Init(v1::Init { hash_key: vec![7; 16].into(), replicas: 1, chunk_size: 1 << 20 });
     node.propose(command(op)).await.unwrap();
 }
 
-fn register(id: u64) -> v1::Command {
+pub fn register(id: u64) -> v1::Command {
     let address = format!("host-{id}:1");
     command(Op::RegisterNode(v1::RegisterNode { node: id, address, ..v1::RegisterNode::default() }))
 }
@@ -345,17 +346,35 @@ async fn a_master_whose_disk_does_not_sync_stops_by_itself() {
 }
 
 /// Three masters over loopback.
-struct Cluster {
+pub struct Cluster {
     home: tempfile::TempDir,
-    peers: BTreeMap<u64, String>,
-    nodes: BTreeMap<u64, (Arc<Node>, tokio::task::JoinHandle<()>)>,
+    pub peers: BTreeMap<u64, String>,
+    pub nodes: BTreeMap<u64, (Arc<Node>, tokio::task::JoinHandle<()>)>,
     snapshot_every: u64,
     /// Simulated storage of each; empty: on disk.
     storage: BTreeMap<u64, Arc<SimStorage>>,
+    /// The first is alone, the others are to be added.
+    joins: bool,
 }
 
 impl Cluster {
-    async fn start(snapshot_every: u64, sim: bool) -> Self {
+    pub async fn start(snapshot_every: u64, sim: bool) -> Self {
+        let mut cluster = Self::new(snapshot_every, sim).await;
+        for id in 1..=3 {
+            cluster.up(id).await;
+        }
+        cluster
+    }
+
+    /// A group of one; 2 and 3 may be started and added.
+    pub async fn alone(snapshot_every: u64) -> Self {
+        let mut cluster = Self::new(snapshot_every, false).await;
+        cluster.joins = true;
+        cluster.up(1).await;
+        cluster
+    }
+
+    async fn new(snapshot_every: u64, sim: bool) -> Self {
         // What went on, when a test fails: RUST_LOG=info.
         drop(
             tracing_subscriber::fmt()
@@ -374,22 +393,23 @@ impl Cluster {
             .filter(|_| sim)
             .map(|id| (id, SimStorage::with_sync_time(Duration::from_millis(1))))
             .collect();
-        let mut cluster = Self { home, peers, nodes: BTreeMap::new(), snapshot_every, storage };
-        for id in 1..=3 {
-            cluster.up(id).await;
-        }
-        cluster
+        Self { home, peers, nodes: BTreeMap::new(), snapshot_every, storage, joins: false }
     }
 
-    fn dir(&self, id: u64) -> PathBuf {
+    pub fn dir(&self, id: u64) -> PathBuf {
         self.home.path().join(id.to_string())
     }
 
-    async fn up(&mut self, id: u64) {
+    pub async fn up(&mut self, id: u64) {
         let env = Env::real();
         let storage =
             self.storage.get(&id).map_or(Storage::Disk, |storage| Storage::Sim(Arc::clone(storage)));
-        let mut settings = config(id, self.peers.clone(), storage, &self.dir(id));
+        let mut peers = self.peers.clone();
+        if self.joins {
+            peers.retain(|peer, _| *peer == id);
+        }
+        let mut settings = config(id, peers, storage, &self.dir(id));
+        settings.join = self.joins && id > 1;
         settings.snapshot_every_entries = self.snapshot_every;
         // The machine that runs the tests may be busy.
         settings.election = (Duration::from_millis(600), Duration::from_millis(1500));
@@ -402,14 +422,14 @@ impl Cluster {
         self.nodes.insert(id, (node, served));
     }
 
-    async fn down(&mut self, id: u64) {
+    pub async fn down(&mut self, id: u64) {
         let (node, served) = self.nodes.remove(&id).unwrap();
         served.abort();
         drop(served.await);
         node.shutdown().await;
     }
 
-    async fn leader(&self) -> u64 {
+    pub async fn leader(&self) -> u64 {
         let mut leader = None;
         until("one leads", || {
             leader = self
@@ -424,7 +444,7 @@ impl Cluster {
     }
 
     /// Proposes as a client does: at whoever leads, again and again.
-    async fn register(&self, ids: std::ops::Range<u64>) {
+    pub async fn register(&self, ids: std::ops::Range<u64>) {
         for id in ids {
             loop {
                 let leader = self.leader().await;
@@ -435,7 +455,7 @@ impl Cluster {
         }
     }
 
-    async fn agree(&self, expected: &[u64]) {
+    pub async fn agree(&self, expected: &[u64]) {
         until("all have the same state", || {
             self.nodes.values().all(|(node, _)| registered(&*node.kv()) == expected)
         })
@@ -448,7 +468,7 @@ impl Cluster {
         .await;
     }
 
-    async fn stop(mut self) {
+    pub async fn stop(mut self) {
         for id in self.nodes.keys().copied().collect::<Vec<_>>() {
             self.down(id).await;
         }

@@ -38,6 +38,7 @@ pub type LogId = openraft::LogId<u64>;
 pub type Vote = openraft::Vote<u64>;
 pub type Membership = openraft::Membership<u64, BasicNode>;
 pub type StoredMembership = openraft::StoredMembership<u64, BasicNode>;
+pub type Metrics = openraft::RaftMetrics<u64, BasicNode>;
 pub type SnapshotMeta = openraft::SnapshotMeta<u64, BasicNode>;
 pub type StorageError = openraft::StorageError<u64>;
 pub type StorageIOError = openraft::StorageIOError<u64>;

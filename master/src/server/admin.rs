@@ -27,7 +27,7 @@ const PROOF_MS: u64 = 300_000;
 
 /// Answers `Admin`.
 pub struct AdminService {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 impl AdminService {
@@ -112,15 +112,29 @@ impl v1::admin_server::Admin for AdminService {
         tracing::info!(node = format_args!("{:016x}", node.get()), "{what}");
         Ok(Response::new(v1::ChangeNodeReply {}))
     }
+
+    async fn change_master(
+        &self,
+        request: Request<v1::ChangeMasterRequest>,
+    ) -> Result<Response<v1::ChangeMasterReply>, Status> {
+        super::masters::change(self, request.into_inner()).await.map(Response::new)
+    }
 }
 
-fn not_here() -> Status {
+/// Whoever asked must look for the leader and ask again.
+pub fn not_here() -> Status {
     Status::unavailable("this master does not lead any more")
 }
 
 impl AdminService {
     /// Whoever orders something shows that he has the cluster key, now.
-    fn check_proof(&self, what: &str, number: u64, now_ms: u64, proof: &[u8]) -> Result<(), Status> {
+    pub(super) fn check_proof(
+        &self,
+        what: &str,
+        number: u64,
+        now_ms: u64,
+        proof: &[u8],
+    ) -> Result<(), Status> {
         if !self.shared.key.verify_proof(what, number, now_ms, proof) {
             return Err(Status::unauthenticated("the proof is wrong: another cluster key?"));
         }
@@ -158,7 +172,7 @@ fn overview(term: &Term) -> Result<StatusReply, Status> {
     let space = term.nodes.space();
     let (parked, _) = term.jobs.sealing();
     let replicas = u64::from(term.replicas.max(1));
-    let masters = raft
+    let masters: Vec<MasterStatus> = raft
         .members
         .iter()
         .map(|member| MasterStatus {
@@ -175,8 +189,8 @@ fn overview(term: &Term) -> Result<StatusReply, Status> {
         term: raft.term,
         applied: raft.applied,
         snapshot: raft.snapshot,
+        warnings: [super::masters::warnings(&masters), warnings(term, &nodes, &census, parked)].concat(),
         masters,
-        warnings: warnings(term, &nodes, &census, parked),
         nodes: nodes.into_iter().map(|(status, ..)| status).collect(),
         sessions: Vec::new(),
         files: cluster.files,

@@ -255,6 +255,7 @@ impl Connection {
     /// The answers that wait, as many as fit into a frame, and after them what the client is asked for.
     fn take_frame(&mut self) -> Option<MasterFrame> {
         let session = self.link.session;
+        let masters = if self.keep_alive == 0 { Vec::new() } else { self.link.term.shared.node.voters() };
         let mut memory = self.link.term.memory();
         if !memory.serves(session, self.link.generation) {
             // What there is to tell is for the stream that has replaced this one.
@@ -267,6 +268,7 @@ impl Connection {
             return None;
         }
         let mut frame = MasterFrame {
+            masters,
             keep_alive: std::mem::take(&mut self.keep_alive),
             asks,
             return_leases: surplus,

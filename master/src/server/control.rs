@@ -83,12 +83,12 @@ impl From<FsError> for Refusal {
     }
 }
 
-fn refusal(refusal: Refusal) -> OrderFrame {
+fn refusal(shared: &Shared, refusal: Refusal) -> OrderFrame {
     let (failure, leader) = match refusal {
         Refusal::Gone(gone) => (gone.failure(), gone.leader),
         Refusal::Failed(error) => (error.into(), String::new()),
     };
-    OrderFrame { refusal: Some(failure), leader, ..OrderFrame::default() }
+    OrderFrame { refusal: Some(failure), leader, masters: shared.node.voters(), ..OrderFrame::default() }
 }
 
 async fn hello(shared: Arc<Shared>, mut inbound: Streaming<NodeFrame>) -> Option<Step> {
@@ -104,14 +104,15 @@ async fn hello(shared: Arc<Shared>, mut inbound: Streaming<NodeFrame>) -> Option
     match admit(&shared, hello, inbound).await {
         Ok(link) => {
             let welcome = NodeWelcome { term: link.term.number, heartbeat_ms: HEARTBEAT_MS };
-            let frame = OrderFrame { welcome: Some(welcome), ..OrderFrame::default() };
+            let masters = shared.node.voters();
+            let frame = OrderFrame { welcome: Some(welcome), masters, ..OrderFrame::default() };
             Some((Ok(frame), Stage::Attached(Box::new(link))))
         }
         Err(why) => {
             if let Refusal::Failed(error) = &why {
                 tracing::warn!(node = format_args!("{node:016x}"), %error, "a chunk daemon was refused");
             }
-            Some((Ok(refusal(why)), Stage::Over))
+            Some((Ok(refusal(&shared, why)), Stage::Over))
         }
     }
 }
@@ -201,7 +202,8 @@ impl NodeLink {
             let frame = tokio::select! {
                 biased;
                 _ = self.ended.wait_for(|ended| *ended) => {
-                    return Some(Ok(refusal(Refusal::Gone(self.term.shared.leader()))));
+                    let shared = &self.term.shared;
+                    return Some(Ok(refusal(shared, Refusal::Gone(shared.leader()))));
                 }
                 order = self.orders.recv() => {
                     // Without a sender left a newer stream of this daemon has taken over.
@@ -212,7 +214,8 @@ impl NodeLink {
             match frame {
                 Ok(Some(frame)) => match self.accept(frame).await {
                     Ok(Some(heartbeat)) => {
-                        return Some(Ok(OrderFrame { heartbeat, ..OrderFrame::default() }));
+                        let masters = self.term.shared.node.voters();
+                        return Some(Ok(OrderFrame { heartbeat, masters, ..OrderFrame::default() }));
                     }
                     Ok(None) => {}
                     Err(Superseded) => return None,

@@ -13,6 +13,7 @@ mod fsck;
 mod jobs;
 mod leader;
 mod locking;
+mod masters;
 mod memory;
 mod nodes;
 mod questions;

@@ -99,11 +99,15 @@ async fn hello(shared: Arc<Shared>, peer: &str, mut inbound: Streaming<ClientFra
     let rights = if shared.squashes_root_of(peer) { Rights::RootIsNobody } else { Rights::AsSaid };
     match attach(&shared, rights, hello).await {
         Ok((link, welcome)) => {
-            let frame = MasterFrame { welcome: Some(welcome), ..MasterFrame::default() };
+            let masters = shared.node.voters();
+            let frame = MasterFrame { welcome: Some(welcome), masters, ..MasterFrame::default() };
             let connection = Connection::new(link, rights, inbound, rest)?;
             Some((Ok(frame), Stage::Serving(Box::new(connection))))
         }
-        Err(Refusal::Gone(why)) => Some((Ok(gone(why)), Stage::Over)),
+        Err(Refusal::Gone(why)) => {
+            let masters = shared.node.voters();
+            Some((Ok(MasterFrame { masters, ..gone(why) }), Stage::Over))
+        }
         Err(Refusal::Failed(error)) => {
             tracing::info!(%error, "a client was refused");
             let frame = MasterFrame { refusal: Some(error.into()), ..MasterFrame::default() };
