@@ -11,10 +11,12 @@ pub mod memory;
 pub mod net;
 pub mod rpc;
 pub mod runtime;
+pub mod seldom;
 
 pub use clock::Clock;
 pub use disk::{Disk, DiskFile};
 pub use net::{Listener, Net, Stream};
+pub use seldom::Seldom;
 
 use std::sync::Arc;
 

@@ -1,6 +1,7 @@
 //! Records of a sealed chunk for another daemon that makes a replica of it.
 
 use super::{Context, Gate};
+use dfs_env::Seldom;
 use dfs_proto::limits::RECORD_MAX;
 use dfs_proto::token::Rights;
 use dfs_proto::{ChunkId, FsError, FsResult, v1};
@@ -19,7 +20,10 @@ pub(super) async fn serve(context: Arc<Context>, request: v1::FetchRequest, repl
         () = replies.closed() => return,
     };
     if let Err(error) = result {
-        tracing::info!(chunk = request.chunk, %error, "records for a copy were not to be had");
+        static FAILED: Seldom = Seldom::new();
+        if let Some(unsaid) = FAILED.now() {
+            tracing::info!(chunk = request.chunk, %error, unsaid, "records for a copy were not to be had");
+        }
         let reply = v1::FetchReply { failure: Some(error.into()), records: Vec::new() };
         // Nobody is left to be told.
         drop(replies.send(Ok(reply)).await);

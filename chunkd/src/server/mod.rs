@@ -9,6 +9,7 @@ use crate::replica::Replicas;
 use crate::store::Store;
 use bytes::Bytes;
 use dfs_env::Env;
+use dfs_env::Seldom;
 use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::{APPEND_MEMORY, READ_MEMORY};
 use dfs_proto::token::{ClusterKey, Rights};
@@ -117,6 +118,15 @@ impl Gate {
     /// # Errors
     /// ERROR_VERSION, ERROR_BAD_TOKEN.
     fn check(&self, version: u32, chunk: ChunkId, token: &Bytes) -> FsResult<()> {
+        self.judge(version, chunk, token).inspect_err(|error| {
+            static REFUSED: Seldom = Seldom::new();
+            if let Some(unsaid) = REFUSED.now() {
+                tracing::info!(%error, unsaid, "a request was refused");
+            }
+        })
+    }
+
+    fn judge(&self, version: u32, chunk: ChunkId, token: &Bytes) -> FsResult<()> {
         if version != PROTOCOL_VERSION {
             let text =
                 format!("this daemon speaks protocol version {PROTOCOL_VERSION}, the peer version {version}");

@@ -206,19 +206,30 @@ async fn open_stream(
 
 /// Owns the stream to one master until nobody calls any more.
 async fn run_link(env: Env, auth: Auth, to: u64, address: String, mut calls: mpsc::Receiver<Call>) {
-    let mut told = false;
+    // The same cause is told once, until something was answered.
+    let mut told = String::new();
     while let Some(first) = calls.recv().await {
         match open_stream(&env, &address).await {
             Ok((sender, replies, _channel)) => {
-                told = false;
-                if let Err(error) = serve_stream(&auth, to, &sender, replies, first, &mut calls).await {
-                    tracing::info!(master = to, %address, %error, "lost the connection to a master");
+                let mut answered = false;
+                let served =
+                    serve_stream(&auth, to, &sender, replies, first, &mut calls, &mut answered).await;
+                if answered {
+                    told.clear();
+                }
+                if let Err(error) = served {
+                    let text = error.to_string();
+                    if text != told {
+                        tracing::info!(master = to, %address, error = text, "lost the connection to a master");
+                        told = text;
+                    }
                 }
             }
             Err(error) => {
-                if !told {
-                    tracing::info!(master = to, %error, "cannot reach a master");
-                    told = true;
+                let text = error.to_string();
+                if text != told {
+                    tracing::info!(master = to, error = text, "cannot reach a master");
+                    told = text;
                 }
                 let mut waiting = Some(first);
                 while let Some(call) = waiting {
@@ -239,6 +250,7 @@ async fn serve_stream(
     mut replies: Streaming<v1::RaftMessage>,
     first: Call,
     calls: &mut mpsc::Receiver<Call>,
+    answered: &mut bool,
 ) -> io::Result<()> {
     // Dropped at the end, with which every call that still waits fails.
     let mut waiting: BTreeMap<u64, oneshot::Sender<io::Result<Body>>> = BTreeMap::new();
@@ -261,6 +273,7 @@ async fn serve_stream(
             reply = replies.message() => match reply {
                 Ok(Some(message)) => {
                     heard = Instant::now();
+                    *answered = true;
                     let envelope = auth.open(message).map_err(|status| io::Error::other(status.message().to_owned()))?;
                     if let Some(reply) = waiting.remove(&envelope.call) {
                         drop(reply.send(reply_body(envelope)));

@@ -5,6 +5,7 @@ use super::codec::{self, Body, InstalledRow, SnapshotRow};
 use super::network::dispatch;
 use super::store::Shared;
 use super::types::Raft;
+use dfs_env::Seldom;
 use dfs_proto::v1;
 use futures::Stream;
 use openraft::Snapshot;
@@ -28,13 +29,20 @@ pub struct RaftService {
     pub(super) shared: Arc<Shared>,
 }
 
+fn note_refusal(status: &Status) {
+    static REFUSED: Seldom = Seldom::new();
+    if let Some(unsaid) = REFUSED.now() {
+        tracing::warn!(error = status.message(), unsaid, "a message to this master was refused");
+    }
+}
+
 async fn answer(
     raft: &Raft,
     shared: &Arc<Shared>,
     auth: &Auth,
     message: v1::RaftMessage,
 ) -> Result<v1::RaftMessage, Status> {
-    let envelope = auth.open(message)?;
+    let envelope = auth.open(message).inspect_err(note_refusal)?;
     let body = match dispatch(raft, shared, auth.id, envelope.from, envelope.body).await {
         Ok(body) => body,
         // Ends the stream: the master may be back behind a new one.
@@ -82,7 +90,7 @@ impl v1::raft_server::Raft for RaftService {
         let first = next_part(&mut parts).await?;
         let head = v1::RaftMessage::decode(first.meta.clone())
             .map_err(|error| Status::invalid_argument(format!("a snapshot without its head: {error}")))?;
-        let head = self.auth.open(head)?;
+        let head = self.auth.open(head).inspect_err(note_refusal)?;
         let Some(Body::Snapshot(SnapshotRow { vote, meta: Some(_) })) = head.body else {
             return Err(Status::invalid_argument("a snapshot without its head"));
         };

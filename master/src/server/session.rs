@@ -8,6 +8,7 @@ use crate::leases::locks::{Kind, Lock, Owner, Range};
 use crate::leases::opens::Access;
 use crate::leases::table as lease;
 use crate::state;
+use dfs_env::Seldom;
 use dfs_env::rpc::Peer;
 use dfs_proto::v1::{self, ClientFrame, ErrorCode, Hello, MasterFrame, Timestamp, Welcome};
 use dfs_proto::{FsError, InodeNo, PROTOCOL_VERSION, SessionId};
@@ -109,7 +110,10 @@ async fn hello(shared: Arc<Shared>, peer: &str, mut inbound: Streaming<ClientFra
             Some((Ok(MasterFrame { masters, ..gone(why) }), Stage::Over))
         }
         Err(Refusal::Failed(error)) => {
-            tracing::info!(%error, "a client was refused");
+            static REFUSED: Seldom = Seldom::new();
+            if let Some(unsaid) = REFUSED.now() {
+                tracing::info!(%error, peer, unsaid, "a client was refused");
+            }
             let frame = MasterFrame { refusal: Some(error.into()), ..MasterFrame::default() };
             Some((Ok(frame), Stage::Over))
         }
