@@ -330,6 +330,7 @@ impl Control {
                 epoch: settled.epoch.get(),
                 length: settled.length,
                 checksum: settled.digest,
+                sealed: settled.sealed,
             },
             Err(error) => {
                 tracing::warn!(chunk, %error, "an order was not carried out");

@@ -148,6 +148,12 @@ impl Config {
         }
     }
 
+    /// How others reach this master, as the settings say.
+    #[must_use]
+    pub fn advertised(&self) -> &str {
+        if self.advertise.is_empty() { &self.listen } else { &self.advertise }
+    }
+
     /// Reads and checks a configuration file and the cluster key it names.
     ///
     /// # Errors
@@ -226,7 +232,7 @@ impl Config {
             }
             return fail(format!("[[peers]] must list this master too (id = {})", self.id));
         };
-        let advertise = if self.advertise.is_empty() { &self.listen } else { &self.advertise };
+        let advertise = self.advertised();
         if own != advertise {
             return fail(format!(
                 "[[peers]] has the address {own} for this master, but it is known by {advertise}"

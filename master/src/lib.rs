@@ -6,6 +6,7 @@
 
 pub mod config;
 pub mod leases;
+pub mod operate;
 pub mod placement;
 pub mod raft;
 pub mod repair;
@@ -86,10 +87,10 @@ async fn listen(env: &Env, address: &str) -> Result<Box<dyn Listener>, StartErro
 
 /// How others reach this master: with port 0 the port is known only now.
 fn advertised(config: &Config, bound: &str) -> String {
-    let wanted = if config.advertise.is_empty() { &config.listen } else { &config.advertise };
+    let wanted = config.advertised();
     match (wanted.rsplit_once(':'), bound.rsplit_once(':')) {
         (Some((host, "0")), Some((_, port))) => format!("{host}:{port}"),
-        _ => wanted.clone(),
+        _ => wanted.to_owned(),
     }
 }
 

@@ -3,7 +3,7 @@
 use clap::Parser;
 use clap::error::ErrorKind;
 use dfs_env::Env;
-use dfs_master::{Config, Master, StartError};
+use dfs_master::{Config, Master, StartError, operate};
 use sd_notify::NotifyState;
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ use tracing_subscriber::EnvFilter;
 #[command(name = "dfs-master", version)]
 struct Arguments {
     /// The configuration file; every key is explained in deploy/master.toml
-    #[arg(long, value_name = "FILE", default_value = "/etc/dfs/master.toml")]
+    #[arg(long, value_name = "FILE", default_value = "/etc/dfs/master.toml", global = true)]
     config: PathBuf,
 
     /// Check the configuration and the files it names, then exit
@@ -27,8 +27,33 @@ struct Arguments {
     check_config: bool,
 
     /// What to log to stderr: error, warn, info, debug or trace, also by module (info,dfs_master=debug)
-    #[arg(long, value_name = "LEVEL", env = "RUST_LOG", default_value = "info")]
+    #[arg(long, value_name = "LEVEL", env = "RUST_LOG", default_value = "info", global = true)]
     log: String,
+
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// What an operator does besides serving.
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Write a consistent copy of all metadata to a file, from the leader, while the cluster works
+    Backup {
+        /// Where to; there must be no such file yet
+        #[arg(value_name = "FILE")]
+        out: PathBuf,
+    },
+    /// Make this master's empty data directory from a backup, as a group of one
+    Restore {
+        /// Written by `dfs-master backup`, or a snapshot of a master that is lost
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// Delete what was written after the backup as soon as its chunk daemons come; else it is kept until `forget-newer`
+        #[arg(long)]
+        discard_newer: bool,
+    },
+    /// Have the cluster delete the chunks that were made after the backup it was restored from
+    ForgetNewer,
 }
 
 const FAILED: u8 = 1;
@@ -48,7 +73,12 @@ fn main() -> ExitCode {
         }
     };
     // Raft's own log is for those who ask for it.
-    let log = if arguments.log == "info" { "info,openraft=warn" } else { &arguments.log };
+    let log = match (arguments.log.as_str(), &arguments.command) {
+        ("info", None) => "info,openraft=warn",
+        // An order says one line itself.
+        ("info", Some(_)) => "warn,openraft=error",
+        (log, _) => log,
+    };
     let filter = match EnvFilter::try_new(log) {
         Ok(filter) => filter,
         Err(error) => return fail(USAGE, &format!("--log {:?}: {error}", arguments.log)),
@@ -69,10 +99,30 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(FAILED, &format!("cannot start the runtime: {error}")),
     };
-    let code = runtime.block_on(serve(env, config));
+    let code = match arguments.command {
+        None => runtime.block_on(serve(env, config)),
+        Some(command) => match runtime.block_on(carry_out(env, &config, command)) {
+            Ok(line) => {
+                println!("{line}");
+                ExitCode::SUCCESS
+            }
+            Err(StartError::Usage(line)) => fail(USAGE, &line),
+            Err(StartError::Failed(line)) => fail(FAILED, &line),
+        },
+    };
     // Blocking calls that hang on a dying disk must not keep the process.
     runtime.shutdown_timeout(std::time::Duration::from_secs(2));
     code
+}
+
+async fn carry_out(env: Env, config: &Config, command: Command) -> Result<String, StartError> {
+    match command {
+        Command::Backup { out } => operate::backup(&env, config, &out).await,
+        Command::Restore { file, discard_newer } => {
+            operate::restore(&env, config, &file, discard_newer).await
+        }
+        Command::ForgetNewer => operate::forget_newer(&env, config).await,
+    }
 }
 
 async fn serve(env: Env, config: Config) -> ExitCode {

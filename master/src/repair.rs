@@ -115,6 +115,12 @@ impl<'a> Replicas<'a> {
         self.solid().iter().any(|solid| *solid != node)
     }
 
+    /// The daemons that are up and have good replicas, this one left out.
+    #[must_use]
+    pub fn relied_without(&self, node: NodeId) -> Vec<NodeId> {
+        self.solid().into_iter().filter(|solid| *solid != node).collect()
+    }
+
     /// How much a chunk needs a step; None: it is as it should be.
     #[must_use]
     pub fn urgency(&self) -> Option<Urgency> {

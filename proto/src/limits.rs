@@ -145,6 +145,8 @@ pub const COPY_WAIT_MS: u64 = 60_000;
 pub const SLOWEST_COPY: u64 = 1 << 20;
 /// Bytes that each daemon copies in a second at most to make up for lost replicas (setting; 0: no limit).
 pub const REPAIR_BANDWIDTH: u64 = 200 << 20;
+/// How long whoever takes or makes a backup may stand still.
+pub const BACKUP_PROGRESS_MS: u64 = 30_000;
 /// The most chunks in one report and orders carried out at once.
 pub const REPORT_CHUNKS: usize = 4096;
 pub const ORDERS_AT_ONCE: usize = 64;

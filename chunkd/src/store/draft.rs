@@ -311,7 +311,7 @@ impl Chunk {
         }
         let mut now = lock(&self.state);
         now.name_synced = true;
-        Ok(Settled { epoch: now.epoch, length: now.length, digest: now.digest })
+        Ok(Settled { epoch: now.epoch, length: now.length, digest: now.digest, sealed: true })
     }
 
     /// One record, verified.

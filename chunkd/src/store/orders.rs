@@ -17,6 +17,8 @@ pub struct Settled {
     pub epoch: Epoch,
     pub length: u64,
     pub digest: u32,
+    /// The length is final.
+    pub sealed: bool,
 }
 
 impl Chunk {
@@ -49,7 +51,8 @@ impl Chunk {
 
     fn settled(&self) -> Settled {
         let state = lock(&self.state);
-        Settled { epoch: state.epoch, length: state.length, digest: state.digest }
+        let sealed = state.phase == Phase::Sealed;
+        Settled { epoch: state.epoch, length: state.length, digest: state.digest, sealed }
     }
 
     /// A record without a payload.

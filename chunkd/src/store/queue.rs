@@ -95,9 +95,12 @@ impl Chunk {
                             Ok(match order {
                                 ChunkOrder::Fence(epoch) => chunk.fence(epoch),
                                 ChunkOrder::Seal { epoch, length } => chunk.seal(epoch, length),
-                                ChunkOrder::Delete => {
-                                    chunk.delete().map(|()| Settled { epoch: Epoch(0), length: 0, digest: 0 })
-                                }
+                                ChunkOrder::Delete => chunk.delete().map(|()| Settled {
+                                    epoch: Epoch(0),
+                                    length: 0,
+                                    digest: 0,
+                                    sealed: false,
+                                }),
                                 ChunkOrder::Install(draft) => chunk.install(*draft),
                             })
                         })

@@ -23,7 +23,8 @@ impl Chunk {
     /// ERROR_CORRUPT with the first damage; what the disk says.
     pub fn verify(&self) -> FsResult<Settled> {
         let state = self.snapshot();
-        let settled = Settled { epoch: state.epoch, length: state.length, digest: state.digest };
+        let sealed = state.phase == Phase::Sealed;
+        let settled = Settled { epoch: state.epoch, length: state.length, digest: state.digest, sealed };
         let Some((_, path)) = state.place.as_ref().filter(|_| state.phase == Phase::Sealed) else {
             return Ok(settled);
         };

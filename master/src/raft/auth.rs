@@ -7,6 +7,9 @@ use dfs_proto::token::ClusterKey;
 use dfs_proto::v1;
 use prost::Message;
 use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use tonic::Status;
 
 const MESSAGE: &str = "raft message";
@@ -18,12 +21,62 @@ pub struct Auth {
     pub id: u64,
     pub cluster: String,
     pub key: ClusterKey,
+    pub group: Arc<Group>,
+}
+
+/// Which history this master's Raft group has: the one it was formed with, or that of a restore or a recovery. A master of
+/// another history must not be heard: its votes and entries would mix what is not the same.
+#[derive(Default)]
+pub struct Group {
+    number: AtomicU64,
+    /// A master without any history takes that of whoever takes it in; where that is noted.
+    empty: Mutex<Option<PathBuf>>,
+}
+
+impl Group {
+    /// The group of a data directory; `empty`: its master has no history yet.
+    pub fn new(number: u64, dir: PathBuf, empty: bool) -> Self {
+        Self { number: AtomicU64::new(number), empty: Mutex::new(empty.then_some(dir)) }
+    }
+
+    fn number(&self) -> u64 {
+        self.number.load(Ordering::Acquire)
+    }
+
+    /// Hears of a group; the refusal if it is another one.
+    fn check(&self, theirs: u64) -> Result<(), Status> {
+        if self.number() == theirs {
+            return Ok(());
+        }
+        let mut empty = self.empty.lock().unwrap_or_else(PoisonError::into_inner);
+        let ours = self.number();
+        if ours == theirs {
+            return Ok(());
+        }
+        if theirs < ours {
+            let text = "a master of before the last restore or recovery: its data directory must be emptied";
+            return Err(Status::failed_precondition(text));
+        }
+        let Some(dir) = empty.as_ref() else {
+            let text =
+                "this master is of before the last restore or recovery: its data directory must be emptied";
+            return Err(Status::failed_precondition(text));
+        };
+        // Once in the life of a data directory, before anything of that history is kept in it.
+        super::identity::set_group(dir, theirs).map_err(|error| Status::internal(error.to_string()))?;
+        self.number.store(theirs, Ordering::Release);
+        *empty = None;
+        Ok(())
+    }
 }
 
 impl Auth {
     /// A message with its proof.
     pub fn seal(&self, to: u64, call: u64, body: Body) -> v1::RaftMessage {
-        let body = Bytes::from(Envelope { from: self.id, to, call, body: Some(body) }.encode_to_vec());
+        let body = Bytes::from(
+            Envelope { from: self.id, to, call, group: self.group.number(), body: Some(body) }
+                .encode_to_vec(),
+        );
         let proof = self.key.mac(MESSAGE, &body).to_vec().into();
         v1::RaftMessage {
             id: call,
@@ -54,6 +107,7 @@ impl Auth {
                 self.id, envelope.to
             )));
         }
+        self.group.check(envelope.group)?;
         Ok(envelope)
     }
 
@@ -127,7 +181,27 @@ mod tests {
 
     fn auth(id: u64, key: &[u8]) -> Auth {
         let key = ClusterKey::new(key).unwrap();
-        Auth { id, cluster: key.cluster_id(), key }
+        Auth { id, cluster: key.cluster_id(), key, group: Arc::default() }
+    }
+
+    #[test]
+    fn masters_of_different_histories_do_not_hear_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(crate::raft::identity::claim(dir.path(), "c", 2, false).unwrap());
+        let of = |id, group| Auth { group: Arc::new(group), ..auth(id, b"0123456789abcdef") };
+        let probe = |from: &Auth, to: u64| from.seal(to, 7, Body::Probe(ProbeRow {}));
+        let restored = of(1, Group::new(5, PathBuf::new(), false));
+        let old = of(2, Group::new(0, PathBuf::new(), false));
+        for (from, to, at) in [(&restored, 2, &old), (&old, 1, &restored)] {
+            let refused = at.open(probe(from, to)).unwrap_err();
+            assert!(refused.message().contains("must be emptied"), "{refused}");
+        }
+        let new = of(2, Group::new(0, dir.path().to_owned(), true));
+        new.open(probe(&restored, 2)).unwrap();
+        restored.open(probe(&new, 1)).unwrap();
+        assert!(new.open(probe(&of(3, Group::default()), 2)).is_err(), "it has a history now");
+        let identity = std::fs::read_to_string(dir.path().join("IDENTITY")).unwrap();
+        assert!(identity.contains("group = 5"), "{identity}");
     }
 
     #[test]

@@ -87,6 +87,9 @@ pub struct Envelope {
     pub call: u64,
     #[prost(oneof = "Body", tags = "4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16")]
     pub body: Option<Body>,
+    /// Which restore or recovery began the sender's group; 0: none.
+    #[prost(uint64, tag = "13")]
+    pub group: u64,
 }
 
 #[derive(Clone, PartialEq, prost::Oneof)]

@@ -44,6 +44,18 @@ impl Exports {
         self.active().insert(number, Export { cursor: keys::everything().0, kept: BTreeMap::new() });
     }
 
+    /// The same, with a row that is not exported as it is at that moment.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn begin_with(&self, kv: &dyn Kv, number: u64, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        // Nothing is applied while it is locked.
+        let mut active = self.active();
+        let row = kv.get(key)?;
+        active.insert(number, Export { cursor: keys::everything().0, kept: BTreeMap::new() });
+        Ok(row)
+    }
+
     /// Ends the export, if it is still under way.
     pub fn end(&self, number: u64) {
         self.active().remove(&number);

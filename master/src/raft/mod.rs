@@ -2,9 +2,11 @@
 //!
 //! [`Node`] is all that the rest of the master sees: it proposes commands, waits until reads are safe, and watches who
 //! leads. Below it, openraft decides; `log` and `disk_log` keep what it must not forget, `store` applies entries and
-//! builds snapshots, `network` and `service` carry its messages, `recover` brings the parts in line at a start.
+//! builds snapshots, `network` and `service` carry its messages, `recover` brings the parts in line at a start. `backup`
+//! and `restore` are what an operator does to all of it.
 
 mod auth;
+mod backup;
 mod buffered;
 mod codec;
 mod confirm;
@@ -24,6 +26,7 @@ mod network;
 mod node;
 mod propose;
 mod recover;
+mod restore;
 mod service;
 mod sim;
 mod sled_kv;
@@ -33,9 +36,11 @@ mod store;
 mod tests;
 mod types;
 
+pub use backup::{Backup, check as check_backup};
 pub use export::Piece;
 pub use members::ChangeError;
 pub use node::Node;
+pub use restore::{Restore, Restored};
 pub use service::RaftService;
 pub use sim::SimStorage;
 

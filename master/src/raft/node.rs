@@ -1,6 +1,6 @@
 //! One master's part in the cluster: starts and stops everything in this folder.
 
-use super::auth::Auth;
+use super::auth::{Auth, Group};
 use super::confirm::{self, Reader};
 use super::elections::Bar;
 use super::log::LogStore;
@@ -70,9 +70,12 @@ impl Node {
     pub async fn start(env: Env, config: RaftConfig) -> Result<Arc<Self>, StartError> {
         let settings = Arc::new(raft_settings(&env, &config)?);
         let opened = open(&env, &config).await?;
-        let Opened { log, store, snapshots, joining, lock } = opened;
-        let auth = Auth { id: config.id, cluster: config.cluster_id.clone(), key: config.key.clone() };
+        let Opened { log, store, snapshots, joining, group, lock } = opened;
         let failed = |error: &dyn std::fmt::Display| StartError::Failed(error.to_string().replace('\n', " "));
+        let (_, last) = log.ends().map_err(|error| failed(&error))?;
+        let empty = joining.active() && last.is_none() && lock.is_some();
+        let group = Arc::new(Group::new(group, config.dir.clone(), empty));
+        let auth = Auth { id: config.id, cluster: config.cluster_id.clone(), key: config.key.clone(), group };
         let shared = Shared::new(
             env.clone(),
             config.cluster_id.clone(),
@@ -193,6 +196,14 @@ impl Node {
     #[must_use]
     pub fn export(&self) -> StateExport {
         self.shared.export()
+    }
+
+    /// The applied state as it is now, as the bytes of a snapshot file.
+    ///
+    /// # Errors
+    /// When the state store cannot be read.
+    pub fn backup(&self) -> std::io::Result<super::Backup> {
+        super::Backup::begin(&self.shared)
     }
 
     /// The applied state. Only read it.

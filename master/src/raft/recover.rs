@@ -23,6 +23,8 @@ pub struct Opened {
     pub store: Arc<Store>,
     pub snapshots: Snapshots,
     pub joining: Joining,
+    /// Which restore or recovery began the group; 0: none.
+    pub group: u64,
     /// Keeps other processes out; None in the simulator.
     pub lock: Option<fs::File>,
 }
@@ -46,7 +48,7 @@ pub fn open_disk(
     others: bool,
     cache_bytes: u64,
 ) -> Result<Opened, StartError> {
-    let lock = Some(identity::claim(dir, cluster, node, others)?);
+    let identity::Claimed { lock, group } = identity::claim(dir, cluster, node, others)?;
     let failed = failed(dir);
     let joining = Joining::of_dir(dir).map_err(&failed)?;
     let log = LogStore::Disk(DiskLog::open(&dir.join("log")).map_err(&failed)?);
@@ -54,7 +56,7 @@ pub fn open_disk(
     let (store, usable) = SledKv::open(dir, cache_bytes).map_err(&failed)?;
     let store = Arc::new(Store::Disk(BufferedKv::new(store).map_err(&failed)?));
     bring_in_line(&log, &snapshots, &store, usable).map_err(failed)?;
-    Ok(Opened { log, store, snapshots, joining, lock })
+    Ok(Opened { log, store, snapshots, joining, group, lock: Some(lock) })
 }
 
 /// Opens simulated storage.
@@ -73,7 +75,7 @@ pub fn open_sim(
     let store = Arc::new(Store::Sim(Arc::clone(storage)));
     bring_in_line(&log, &snapshots, &store, Ok(())).map_err(|error| StartError::Failed(error.to_string()))?;
     let joining = Joining::of_sim(storage);
-    Ok(Opened { log, store, snapshots, joining, lock: None })
+    Ok(Opened { log, store, snapshots, joining, group: 0, lock: None })
 }
 
 fn bring_in_line(

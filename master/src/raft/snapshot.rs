@@ -47,6 +47,14 @@ impl SnapshotData {
         Self(Source::Memory(Bytes::new()))
     }
 
+    /// The bytes of a file.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn file(path: &Path) -> io::Result<Self> {
+        Ok(Self(Source::File(Arc::new(fs::File::open(path)?), path.to_owned())))
+    }
+
     #[cfg(fuzzing)]
     pub fn memory(bytes: Bytes) -> Self {
         Self(Source::Memory(bytes))
@@ -232,6 +240,16 @@ pub enum Draft {
     Memory(Vec<u8>),
 }
 
+impl Draft {
+    /// What was written to memory since the last call; nothing of a file.
+    pub fn take(&mut self) -> Vec<u8> {
+        match self {
+            Self::File(..) => Vec::new(),
+            Self::Memory(bytes) => std::mem::take(bytes),
+        }
+    }
+}
+
 impl Write for Draft {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
@@ -296,6 +314,11 @@ impl SnapshotWriter {
         bytes.extend(crc32c(&bytes).to_le_bytes());
         self.rows += rows.len() as u64;
         self.draft.write_all(&bytes)
+    }
+
+    /// What was written to memory since the last call.
+    pub fn take(&mut self) -> Vec<u8> {
+        self.draft.take()
     }
 
     /// Writes the end.

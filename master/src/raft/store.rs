@@ -256,6 +256,21 @@ impl Shared {
         StateExport { shared: Arc::clone(self), number }
     }
 
+    /// The same, and the header of a snapshot of it.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn export_with_header(self: &Arc<Self>) -> io::Result<(StateExport, AppliedRow)> {
+        let number = self.export_number.fetch_add(1, Ordering::Relaxed);
+        let row = self.exports.begin_with(&*self.store, number, &applied_key())?;
+        let export = StateExport { shared: Arc::clone(self), number };
+        let row = row.map_or_else(|| Ok(AppliedRow::default()), |bytes| AppliedRow::read(&bytes))?;
+        let last_log_id = row.last();
+        let snapshot_id = snapshot::snapshot_id(last_log_id.as_ref());
+        let meta = SnapshotMeta { last_log_id, last_membership: row.membership(), snapshot_id };
+        Ok((export, AppliedRow::of_snapshot(&meta, &self.cluster)))
+    }
+
     fn newest(&self) -> io::Result<Option<Kept>> {
         Ok(self.snapshots.list()?.into_iter().next())
     }

@@ -1,13 +1,14 @@
 //! The Admin service: what `dfs status` shows.
 
 use super::census::Census;
-use super::fsck;
 use super::nodes::millis;
 use super::repairing::Progress;
 use super::term::Term;
 use super::{Gone, Shared, store_failed};
+use super::{backup, fsck};
 use crate::placement::Health;
 use crate::state;
+use dfs_env::Seldom;
 use dfs_proto::v1::change_node_request::Change;
 use dfs_proto::v1::{
     self, MasterStatus, NodeStatus, RepairStatus, SessionStatus, StatusReply, StatusRequest, system,
@@ -78,6 +79,39 @@ impl v1::admin_server::Admin for AdminService {
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 
+    type BackupStream = ReceiverStream<Result<v1::BackupPart, Status>>;
+
+    async fn backup(
+        &self,
+        request: Request<v1::BackupRequest>,
+    ) -> Result<Response<Self::BackupStream>, Status> {
+        let v1::BackupRequest { now_ms, proof } = request.into_inner();
+        self.check_proof("backup", 0, now_ms, &proof)?;
+        let term = self.shared.term().await.map_err(|_| not_here())?;
+        let alone = Arc::clone(&term.backup).try_acquire_owned();
+        let alone = alone.map_err(|_| Status::resource_exhausted("another backup is being taken"))?;
+        let (parts, outgoing) = mpsc::channel(1);
+        tokio::spawn(backup::run(term, now_ms, parts, alone));
+        Ok(Response::new(ReceiverStream::new(outgoing)))
+    }
+
+    async fn forget_newer(
+        &self,
+        request: Request<v1::ForgetNewerRequest>,
+    ) -> Result<Response<v1::ForgetNewerReply>, Status> {
+        let v1::ForgetNewerRequest { now_ms, proof } = request.into_inner();
+        self.check_proof("forget newer", 0, now_ms, &proof)?;
+        let term = self.shared.term().await.map_err(|_| not_here())?;
+        let op = system::Op::ForgetNewer(v1::ForgetNewer {});
+        if let Err(error) = self.shared.system(op).await.map_err(|_| not_here())? {
+            return Err(Status::failed_precondition(error.message));
+        }
+        // They come back at once, and say what they have.
+        term.nodes.detach_all();
+        tracing::info!("what was made after the restored backup is kept no longer");
+        Ok(Response::new(v1::ForgetNewerReply {}))
+    }
+
     async fn change_node(
         &self,
         request: Request<v1::ChangeNodeRequest>,
@@ -128,13 +162,16 @@ pub fn not_here() -> Status {
 
 impl AdminService {
     /// Whoever orders something shows that he has the cluster key, now.
-    pub(super) fn check_proof(
-        &self,
-        what: &str,
-        number: u64,
-        now_ms: u64,
-        proof: &[u8],
-    ) -> Result<(), Status> {
+    pub(super) fn check_proof(&self, what: &str, number: u64, now_ms: u64, proof: &[u8]) -> Result<(), Status> {
+        self.judge_proof(what, number, now_ms, proof).inspect_err(|status| {
+            static REFUSED: Seldom = Seldom::new();
+            if let Some(unsaid) = REFUSED.now() {
+                tracing::warn!(what, error = status.message(), unsaid, "an order was refused");
+            }
+        })
+    }
+
+    fn judge_proof(&self, what: &str, number: u64, now_ms: u64, proof: &[u8]) -> Result<(), Status> {
         if !self.shared.key.verify_proof(what, number, now_ms, proof) {
             return Err(Status::unauthenticated("the proof is wrong: another cluster key?"));
         }

@@ -10,6 +10,7 @@ use super::sealing::{Report, judge};
 use super::term::Term;
 use super::{Gone, HELLO_WAIT, Shared, store_failed};
 use crate::state;
+use dfs_env::Seldom;
 use dfs_proto::limits::HEARTBEAT_MS;
 use dfs_proto::v1::{self, ErrorCode, NodeFrame, NodeHello, NodeRow, NodeWelcome, Order, OrderFrame, system};
 use dfs_proto::{ChunkId, FsError, NodeId, PROTOCOL_VERSION};
@@ -110,7 +111,10 @@ async fn hello(shared: Arc<Shared>, mut inbound: Streaming<NodeFrame>) -> Option
         }
         Err(why) => {
             if let Refusal::Failed(error) = &why {
-                tracing::warn!(node = format_args!("{node:016x}"), %error, "a chunk daemon was refused");
+                static REFUSED: Seldom = Seldom::new();
+                if let Some(unsaid) = REFUSED.now() {
+                    tracing::warn!(node = format_args!("{node:016x}"), %error, unsaid, "a chunk daemon was refused");
+                }
             }
             Some((Ok(refusal(&shared, why)), Stage::Over))
         }
@@ -258,8 +262,8 @@ impl NodeLink {
             return;
         }
         let kv = self.term.kv();
-        let next_chunk = match state::cluster_row(&*kv) {
-            Ok(row) => row.map_or(0, |row| row.next_chunk),
+        let cluster = match state::cluster_row(&*kv) {
+            Ok(row) => row.unwrap_or_default(),
             Err(error) => {
                 store_failed("reading the cluster's counters", &error);
                 return;
@@ -275,9 +279,13 @@ impl NodeLink {
                     continue;
                 }
             };
-            match judge(self.node, replica, chunk.as_ref(), next_chunk) {
+            match judge(self.node, replica, chunk.as_ref(), &cluster) {
                 Report::Fine => self.term.repairs.is_there(id, self.node),
                 Report::Job(job) => self.term.jobs.add(job, false),
+                Report::Stray => {
+                    self.term.strays.add(id, self.node);
+                    self.term.jobs.seal(id, false);
+                }
                 Report::Unknown => unknown += 1,
                 Report::Damaged => {
                     if self.term.repairs.flawed(id, self.node, false) {

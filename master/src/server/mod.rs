@@ -5,6 +5,7 @@
 
 mod admin;
 mod answers;
+pub mod backup;
 mod census;
 mod change;
 mod connection;

@@ -150,6 +150,12 @@ impl Nodes {
         self.links.send_modify(|links| *links += 1);
     }
 
+    /// Ends every daemon's stream: they come back, and say what they have.
+    pub fn detach_all(&self) {
+        self.table().nodes.values_mut().for_each(|node| node.link = None);
+        self.links.send_modify(|links| *links += 1);
+    }
+
     /// A sign of life, perhaps with news of its space. False: another stream of this daemon has taken over.
     pub fn seen(&self, node: NodeId, generation: u64, heartbeat: Option<Heartbeat>) -> bool {
         let now = self.clock.boot();

@@ -75,7 +75,7 @@ async fn carry_out(term: Arc<Term>, job: Job) -> Result<(), Gone> {
 /// Seals one chunk as far as the daemons that are there allow. True: it must wait for others.
 async fn seal(term: &Term, id: ChunkId) -> Result<bool, Gone> {
     let Some(chunk) = read(term, id) else { return Ok(false) };
-    let (mut sealing, mut action) = Sealing::begin(chunk);
+    let (mut sealing, mut action) = Sealing::begin(chunk, term.strays.of(id));
     loop {
         action = match action {
             Action::Fence => {
@@ -96,6 +96,7 @@ async fn seal(term: &Term, id: ChunkId) -> Result<bool, Gone> {
                 };
                 match term.shared.system(system::Op::SealedChunk(sealed)).await? {
                     Ok(_) => {
+                        term.strays.forget(id);
                         for node in given_up {
                             term.jobs.add(Job::Mend { node, chunk: id }, false);
                         }
@@ -146,6 +147,7 @@ async fn ask(term: &Term, sealing: &mut Sealing, chunk: ChunkId, epoch: Epoch, n
         .collect();
     while let Some((node, result)) = orders.next().await {
         let event = match result {
+            Ok(done) if done.sealed => Event::FoundSealed(node, ByteLen(done.length)),
             Ok(done) => Event::Answered(node, ByteLen(done.length)),
             Err(error) => {
                 tracing::info!(%chunk, node = repairing::hex(node), %error, "not fenced");
@@ -276,6 +278,10 @@ async fn delete(term: &Term, node: NodeId, id: ChunkId) -> After {
     if !term.nodes.is_attached(node) || !is_garbage(term, node, id) {
         return After::Done;
     }
+    // A restored state may list daemons that have long handed the chunk on to this one.
+    if !others_have_it(term, node, id).await {
+        return After::Another(Job::Mend { node, chunk: id });
+    }
     let op = order::Op::Delete(v1::DeleteOrder { chunk: id.get() });
     match term.nodes.order(term.number, node, &op, Instant::now() + ORDER_WAIT).await {
         Ok(_) | Err(OrderError::Away) => After::Done,
@@ -285,6 +291,15 @@ async fn delete(term: &Term, node: NodeId, id: ChunkId) -> After {
         }
         Err(OrderError::TimedOut) => again,
     }
+}
+
+/// Whether those whose replicas of a chunk count say, now, that they have them; of a chunk that nobody needs nobody is asked.
+async fn others_have_it(term: &Term, node: NodeId, id: ChunkId) -> bool {
+    let Some(chunk) = read(term, id).filter(|chunk| chunk.live > 0) else { return true };
+    let (holders, flaws) = (term.nodes.holders(&chunk), term.repairs.flaws(id));
+    let relied = Replicas::new(&chunk, &holders, &flaws).relied_without(node);
+    let asked = relied.iter().map(|other| is_there(term, id, *other));
+    !relied.is_empty() && !futures::future::join_all(asked).await.contains(&false)
 }
 
 /// Whether nobody needs a daemon's replica: its chunk was dropped, or is sealed, does not list it and is safe without it.
@@ -297,7 +312,7 @@ fn is_garbage(term: &Term, node: NodeId, id: ChunkId) -> bool {
             chunk.phase() == Phase::Sealed && !chunk.nodes.contains(&node.get()) && safe
         }
         // Numbers are given once: one that was given and is not there any more was dropped.
-        Ok((None, Some(cluster))) => id.get() < cluster.next_chunk,
+        Ok((None, Some(cluster))) => state::was_given(&cluster, id),
         Ok((None, None)) => false,
         Err(error) => {
             super::store_failed("reading a chunk", &error);
@@ -324,22 +339,28 @@ pub enum Report {
     /// Of no chunk that there ever was: left alone.
     Unknown,
     Damaged,
+    /// Sealed, of a chunk that this state has not sealed yet, by a daemon that it does not list.
+    Stray,
 }
 
-/// Judges one replica by what the daemon found and by what was applied; `next_chunk`: numbers below it were given.
+/// Judges one replica by what the daemon found and by what was applied.
 pub fn judge(
     node: NodeId,
     found: &v1::ChunkFound,
     chunk: Option<&v1::ChunkState>,
-    next_chunk: u64,
+    cluster: &v1::ClusterRow,
 ) -> Report {
     let id = ChunkId(found.chunk);
     let Some(chunk) = chunk else {
-        let given = found.chunk < next_chunk;
-        return if given { Report::Job(Job::Delete { node, chunk: id }) } else { Report::Unknown };
+        return if state::was_given(cluster, id) {
+            Report::Job(Job::Delete { node, chunk: id })
+        } else {
+            Report::Unknown
+        };
     };
     match chunk.phase() {
         Phase::Open => Report::Fine,
+        Phase::Fenced if found.sealed && !chunk.nodes.contains(&node.get()) => Report::Stray,
         Phase::Fenced => Report::Job(Job::Seal(id)),
         Phase::Sealed => {
             let listed = chunk.nodes.contains(&node.get());

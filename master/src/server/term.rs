@@ -10,8 +10,8 @@ use crate::placement::{Placement, Spread};
 use crate::state;
 use bytes::Bytes;
 use dfs_proto::v1::{self, ErrorCode, SessionRow, system, system_answer};
-use dfs_proto::{ChunkId, FsError, FsResult, SessionId};
-use std::collections::BTreeMap;
+use dfs_proto::{ChunkId, FsError, FsResult, NodeId, SessionId};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
@@ -31,8 +31,11 @@ pub struct Term {
     pub nodes: Nodes,
     pub jobs: Jobs,
     pub repairs: Repairs,
+    pub strays: Strays,
     /// Taken by a check of the whole cluster.
     pub fsck: Arc<Semaphore>,
+    /// Taken by a backup.
+    pub backup: Arc<Semaphore>,
     pub placement: Box<dyn Placement>,
     pub census: Mutex<super::census::Census>,
     /// Locked alone: while it is held no other lock is taken.
@@ -94,7 +97,9 @@ impl Term {
             nodes: Nodes::new(Arc::clone(&shared.env.clock), nodes, elected),
             jobs: Jobs::default(),
             repairs: Repairs::default(),
+            strays: Strays::default(),
             fsck: Arc::new(Semaphore::new(1)),
+            backup: Arc::new(Semaphore::new(1)),
             placement: Box::new(Spread),
             census: Mutex::default(),
             memory: Mutex::new(Memory::new(sessions, notes_of(leased), elected)),
@@ -214,6 +219,29 @@ impl Term {
         let last = self.memory().end_session(id, now);
         self.reclaim(last);
         Ok(())
+    }
+}
+
+/// Daemons that have sealed replicas of chunks that are not sealed here and do not list them: after a restore from a backup
+/// that is older than the seal. At most one entry for each replica that a daemon reports.
+#[derive(Default)]
+pub struct Strays(Mutex<BTreeMap<ChunkId, BTreeSet<NodeId>>>);
+
+impl Strays {
+    fn map(&self) -> MutexGuard<'_, BTreeMap<ChunkId, BTreeSet<NodeId>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn add(&self, chunk: ChunkId, node: NodeId) {
+        self.map().entry(chunk).or_default().insert(node);
+    }
+
+    pub fn of(&self, chunk: ChunkId) -> Vec<NodeId> {
+        self.map().get(&chunk).map(|nodes| nodes.iter().copied().collect()).unwrap_or_default()
+    }
+
+    pub fn forget(&self, chunk: ChunkId) {
+        self.map().remove(&chunk);
     }
 }
 

@@ -14,6 +14,7 @@ pub mod kv;
 mod ops;
 mod query;
 pub mod read;
+pub mod restored;
 mod rows;
 #[cfg(test)]
 mod tests;
@@ -211,6 +212,10 @@ fn apply_system(s: &mut State<'_>, op: &v1::System) -> OpResult<system_answer::B
         Some(system::Op::DropReplica(op)) => chunk::drop_replica(s, op),
         Some(system::Op::DrainNode(op)) => node::drain(s, op),
         Some(system::Op::RemoveNode(op)) => node::remove(s, op),
+        Some(system::Op::ForgetNewer(_)) => {
+            s.cluster.newer.clear();
+            Ok(system_answer::Body::Empty(v1::Empty {}))
+        }
         None => refused(ErrorCode::ErrorNotSupported, "a command this master does not know"),
     }
 }

@@ -13,6 +13,14 @@ pub fn cluster_row(kv: &dyn Kv) -> io::Result<Option<v1::ClusterRow>> {
     Tx::new(kv).row(&keys::cluster())
 }
 
+/// Whether a chunk's number was given by this state: if there is no such chunk any more, nobody needs it. A number that was
+/// given by the history after the backup that this state is of was not.
+#[must_use]
+pub fn was_given(cluster: &v1::ClusterRow, chunk: ChunkId) -> bool {
+    let newer = |range: &v1::ChunkRange| (range.from..range.to).contains(&chunk.get());
+    chunk.get() < cluster.next_chunk && !cluster.newer.iter().any(newer)
+}
+
 /// One session.
 pub fn session(kv: &dyn Kv, session: SessionId) -> io::Result<Option<v1::SessionRow>> {
     Tx::new(kv).find_session(session)

@@ -1,0 +1,214 @@
+//! What an operator has `dfs-master` do besides serving: backups, and making a data directory from one.
+//!
+//! A backup is asked of the leader over the network, with the cluster key: the data directory of a running master is locked,
+//! only the leader surely has everything that was acknowledged, and so it is taken on any machine that has the key.
+
+use crate::raft::{self, Restore};
+use crate::server::backup::{PART, part_bytes};
+use crate::{Config, StartError};
+use dfs_env::Env;
+use dfs_env::rpc::{Tuning, connect};
+use dfs_proto::limits::{BACKUP_PROGRESS_MS, MESSAGE_MAX};
+use dfs_proto::v1::admin_client::AdminClient;
+use dfs_proto::v1::{BackupPart, BackupRequest, ForgetNewerRequest, StatusRequest};
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::time::timeout;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+/// How long a master may take to say who leads, or to carry out an order.
+const ANSWER: Duration = Duration::from_secs(10);
+
+fn failed(text: impl std::fmt::Display) -> StartError {
+    StartError::Failed(text.to_string().replace('\n', " "))
+}
+
+/// Writes a backup of the running cluster's state to a file that does not exist yet; answers a line for people. The file is
+/// complete, checked and durable, or not there.
+///
+/// # Errors
+/// `Usage` when the file exists; `Failed` when no leader gives a whole backup or the file cannot be written.
+pub async fn backup(env: &Env, config: &Config, out: &Path) -> Result<String, StartError> {
+    let shown = out.display();
+    if out.try_exists().map_err(|error| failed(format!("{shown}: {error}")))? {
+        return Err(StartError::Usage(format!("{shown} exists already: a backup overwrites nothing")));
+    }
+    let draft = Draft::new(out)?;
+    let (address, mut master) = leader(env, config).await?;
+    let now_ms = env.clock.system_ms();
+    let proof = config.key.proof("backup", 0, now_ms).to_vec().into();
+    let asked = timeout(ANSWER, master.backup(BackupRequest { now_ms, proof })).await;
+    let mut parts = match asked {
+        Ok(Ok(parts)) => parts.into_inner(),
+        Ok(Err(status)) => return Err(failed(format!("{address}: {}", status.message()))),
+        Err(_) => return Err(failed(format!("{address}: no answer within {ANSWER:?}"))),
+    };
+    let mut at = 0;
+    while let Some(part) = next_part(&mut parts, &address).await? {
+        if !config.key.verify(PART, &part_bytes(now_ms, at, part.last, &part.data), &part.proof) {
+            return Err(failed(format!("{address}: a part of the backup has a wrong proof")));
+        }
+        draft.add(env, &part.data).await?;
+        at += part.data.len() as u64;
+        if part.last {
+            let cluster = config.key.cluster_id();
+            let index = draft.finish(env, out, cluster).await?;
+            return Ok(format!("{shown}: {at} bytes, everything up to log entry {index}"));
+        }
+    }
+    Err(failed(format!("{address}: the backup ended before its last part")))
+}
+
+async fn next_part(
+    parts: &mut Streaming<BackupPart>,
+    address: &str,
+) -> Result<Option<BackupPart>, StartError> {
+    let bound = Duration::from_millis(BACKUP_PROGRESS_MS);
+    match timeout(bound, parts.message()).await {
+        Ok(Ok(part)) => Ok(part),
+        Ok(Err(status)) => Err(failed(format!("{address}: {}", status.message()))),
+        Err(_) => Err(failed(format!("{address}: nothing came for {bound:?}"))),
+    }
+}
+
+/// A backup that is being written: gone when it is dropped before it is finished.
+struct Draft {
+    file: fs::File,
+    path: PathBuf,
+}
+
+impl Draft {
+    fn new(out: &Path) -> Result<Self, StartError> {
+        let mut path = out.as_os_str().to_owned();
+        path.push(".part");
+        let path = PathBuf::from(path);
+        // Whoever may read it reads every name in the file system.
+        let mut options = fs::OpenOptions::new();
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let file = options.read(true).write(true).create(true).truncate(true).open(&path);
+        let file = file.map_err(|error| failed(format!("{}: {error}", path.display())))?;
+        Ok(Self { file, path })
+    }
+
+    async fn add(&self, env: &Env, data: &bytes::Bytes) -> Result<(), StartError> {
+        let wrong = |error: io::Error| failed(format!("{}: {error}", self.path.display()));
+        let (mut file, data) = (self.file.try_clone().map_err(wrong)?, data.clone());
+        env.blocking(move || file.write_all(&data)).await.map_err(wrong)
+    }
+
+    /// Checks what was written as it stands on the disk, and gives it its name. Answers the log entry that it is as of.
+    async fn finish(self, env: &Env, out: &Path, cluster: String) -> Result<u64, StartError> {
+        let wrong = |error: io::Error| failed(format!("{}: {error}", self.path.display()));
+        let (file, path) = (self.file.try_clone().map_err(wrong)?, self.path.clone());
+        let (out, dir) = (out.to_owned(), directory(out));
+        let finish = move || {
+            file.sync_all()?;
+            let (found, index) = raft::check_backup(&path)?;
+            if found != cluster {
+                return Err(io::Error::other(format!("it is of cluster {found}, not of {cluster}")));
+            }
+            // Not over a file that somebody has made meanwhile.
+            fs::hard_link(&path, &out)?;
+            fs::remove_file(&path)?;
+            fs::File::open(dir)?.sync_all()?;
+            Ok(index)
+        };
+        env.blocking(finish).await.map_err(wrong)
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        match fs::remove_file(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(file = %self.path.display(), %error, "cannot remove an unfinished backup");
+            }
+            _ => {}
+        }
+    }
+}
+
+fn directory(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
+
+/// Makes this master's empty data directory from a backup; answers a line for people.
+///
+/// # Errors
+/// See [`Restore::run`].
+pub async fn restore(
+    env: &Env,
+    config: &Config,
+    file: &Path,
+    discard_newer: bool,
+) -> Result<String, StartError> {
+    let restore = Restore {
+        dir: config.data.clone(),
+        id: config.id,
+        address: config.advertised().to_owned(),
+        cluster: config.key.cluster_id(),
+        file: file.to_owned(),
+        discard_newer,
+        now_ms: env.clock.system_ms(),
+    };
+    let done = restore.run(env).await?;
+    Ok(format!(
+        "{}: {} files and {} chunks as of log entry {}; this master is a group of one",
+        config.data.display(),
+        done.files,
+        done.chunks,
+        done.index
+    ))
+}
+
+/// Has the cluster delete what was made after the backup that it was restored from; answers a line for people.
+///
+/// # Errors
+/// `Failed` when no leader does it.
+pub async fn forget_newer(env: &Env, config: &Config) -> Result<String, StartError> {
+    let (address, mut master) = leader(env, config).await?;
+    let now_ms = env.clock.system_ms();
+    let proof = config.key.proof("forget newer", 0, now_ms).to_vec().into();
+    match timeout(ANSWER, master.forget_newer(ForgetNewerRequest { now_ms, proof })).await {
+        Ok(Ok(_)) => Ok("chunks made after the backup are being deleted".to_owned()),
+        Ok(Err(status)) => Err(failed(format!("{address}: {}", status.message()))),
+        Err(_) => Err(failed(format!("{address}: no answer within {ANSWER:?}"))),
+    }
+}
+
+/// The leading master, as the masters that the settings name say.
+async fn leader(env: &Env, config: &Config) -> Result<(String, AdminClient<Channel>), StartError> {
+    let mut todo = vec![config.advertised().to_owned()];
+    todo.extend(config.peers.values().filter(|peer| *peer != config.advertised()).cloned());
+    // Each may name another one, which is asked next, once.
+    todo.reverse();
+    let (mut asked, mut causes) = (Vec::new(), Vec::new());
+    while let Some(address) = todo.pop() {
+        if asked.contains(&address) {
+            continue;
+        }
+        asked.push(address.clone());
+        match timeout(ANSWER, ask(env, &address)).await {
+            Ok(Ok((true, _, client))) => return Ok((address, client)),
+            Ok(Ok((false, leader, _))) => todo.push(leader),
+            Ok(Err(cause)) => causes.push(cause),
+            Err(_) => causes.push(format!("{address}: no answer within {ANSWER:?}")),
+        }
+    }
+    Err(failed(format!("no master leads ({})", causes.join("; "))))
+}
+
+/// Whether a master leads; who does.
+async fn ask(env: &Env, address: &str) -> Result<(bool, String, AdminClient<Channel>), String> {
+    let channel = connect(env, address, Tuning::default()).await.map_err(|error| error.to_string())?;
+    let mut client = AdminClient::new(channel).max_decoding_message_size(MESSAGE_MAX);
+    let status = client.status(StatusRequest { sessions: false }).await;
+    let status = status.map_err(|status| format!("{address}: {}", status.message()))?.into_inner();
+    Ok((!status.cluster_id.is_empty(), status.leader, client))
+}
