@@ -1,6 +1,8 @@
 //! The command line, also as mount(8) and umount(8) call their helpers.
 
+use crate::assist::Task;
 use crate::fail::Failure;
+use crate::mountpoint::How;
 use crate::options::Options;
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -17,7 +19,8 @@ Options of -o (separated by commas):
   noatime, relatime        leave access times alone; keep them as relatime does (default)
   write_memory=SIZE        memory for bytes that are not written yet (256MiB)
   read_cache=SIZE          memory for bytes that were read (256MiB)
-  operation_timeout=SECS   how long an operation waits for the cluster before it fails (60); 0 or 'hard': for ever
+  soft, timeout=SECONDS    an operation that the cluster does not answer fails after so long: EIO or ETIMEDOUT (soft, 60)
+  hard                     it waits for ever, and can be killed (the same: timeout=0)
   suid, dev, exec, sync, dirsync and their opposites, and what fstab adds (_netdev, nofail, x-…)
 
 SOURCE may name the masters and the directory: HOST:PORT,HOST:PORT:/PATH; any other name says nothing.
@@ -53,6 +56,12 @@ struct Cli {
     /// With --unmount: also while files are open there
     #[arg(long, short = 'l')]
     lazy: bool,
+    /// With --unmount: at once, whoever waits for it gets an error, what is not written is lost
+    #[arg(long)]
+    force: bool,
+    /// What dfs-mount has another process do for it.
+    #[arg(long, hide = true, value_enum)]
+    assist: Option<Task>,
     /// [SOURCE] MOUNTPOINT
     #[arg(value_name = "[SOURCE] MOUNTPOINT", required = true, num_args = 1..=2)]
     places: Vec<OsString>,
@@ -83,7 +92,12 @@ pub enum Wish {
     Mount(Box<MountWish>),
     Unmount {
         place: PathBuf,
-        lazy: bool,
+        how: How,
+    },
+    /// A call that dfs-mount cannot make itself.
+    Assist {
+        task: Task,
+        place: PathBuf,
     },
     /// A text for standard output: help or version.
     Show(String),
@@ -123,11 +137,20 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Wish, Fail
     let mut places = cli.places;
     let place = PathBuf::from(places.pop().expect("clap wants at least one"));
     let source = places.pop();
+    if let Some(task) = cli.assist {
+        return Ok(Wish::Assist { task, place });
+    }
     if umount || cli.unmount {
         if source.is_some() {
             return Err(Failure::usage("--unmount takes one mount point"));
         }
-        return Ok(Wish::Unmount { place, lazy: cli.lazy });
+        // umount(8) calls it -f.
+        let how = match (cli.force || (umount && cli.fake), cli.lazy) {
+            (true, _) => How::Abort,
+            (false, true) => How::Lazy,
+            (false, false) => How::Now,
+        };
+        return Ok(Wish::Unmount { place, how });
     }
     let mut options = Options::default();
     cli.options.iter().try_for_each(|list| options.add(list)).map_err(Failure::usage)?;
@@ -199,9 +222,11 @@ mod tests {
 
     #[test]
     fn unmounting_is_understood_in_both_spellings() {
-        let wanted = |lazy| Ok(Wish::Unmount { place: "/mnt/dfs".into(), lazy });
-        assert_eq!(parsed("dfs-mount --unmount /mnt/dfs"), wanted(false));
-        assert_eq!(parsed("/sbin/umount.fuse.dfs /mnt/dfs -l -f"), wanted(true));
+        let wanted = |how| Ok(Wish::Unmount { place: "/mnt/dfs".into(), how });
+        assert_eq!(parsed("dfs-mount --unmount /mnt/dfs"), wanted(How::Now));
+        assert_eq!(parsed("/sbin/umount.fuse.dfs /mnt/dfs -l"), wanted(How::Lazy));
+        assert_eq!(parsed("/sbin/umount.fuse.dfs /mnt/dfs -l -f"), wanted(How::Abort));
+        assert_eq!(parsed("dfs-mount --unmount --force /mnt/dfs"), wanted(How::Abort));
     }
 
     #[test]

@@ -1,9 +1,13 @@
-//! Lets a killed process leave a request that is still waiting for the cluster.
+//! Lets a killed process leave a request that is still waiting for the cluster, and everybody whose time is up.
 //!
 //! The FUSE library answers FUSE_INTERRUPT with ENOSYS, after which the kernel holds a thread in a sent request even
 //! against SIGKILL. So whoever waits long is looked up in `/proc`: when SIGKILL is pending for the thread that asked (for
 //! a blocking lock: any signal that would interrupt it), the request is answered EINTR. The operation itself goes on to
 //! its own end; its result finds the reply already used.
+//!
+//! An operation asks several times for something, and each time may take as long as it is allowed to. So that the whole
+//! stays within about one time-out, a request that is older than that is answered ETIMEDOUT in the same way; except a
+//! wait for a lock, which the client ends by itself once no master has answered for so long.
 
 use crate::procfs;
 use fuser::Errno;
@@ -26,7 +30,7 @@ pub enum Patience {
     KilledOrDying,
     /// Any signal that would interrupt a system call.
     AnySignal,
-    /// Nothing: an error would lose bytes of somebody else (write-back of shared pages).
+    /// Nothing but time: no process asks (closing), or an error would lose bytes of somebody else (write-back of shared pages).
     Endless,
 }
 
@@ -88,6 +92,8 @@ impl<R: Refuse> Slot<R> {
 pub trait Interrupt: Send + Sync {
     /// Answers EINTR unless there was an answer before.
     fn interrupt(&self);
+    /// Answers ETIMEDOUT unless there was an answer before; the operation goes on. False: there was one.
+    fn time_out(&self) -> bool;
 }
 
 impl<R: Refuse> Interrupt for Slot<R> {
@@ -96,6 +102,10 @@ impl<R: Refuse> Interrupt for Slot<R> {
             reply.refuse(Errno::EINTR);
             self.interrupted.notify_one();
         }
+    }
+
+    fn time_out(&self) -> bool {
+        self.take().map(|reply| reply.refuse(Errno::ETIMEDOUT)).is_some()
     }
 }
 
@@ -115,11 +125,18 @@ struct Table {
 /// The requests that wait for the cluster. Bounded by the kernel, which has one request a thread and `max_background`.
 #[derive(Default)]
 pub struct Registry {
+    /// How old a request may grow; `None`: as old as it does.
+    limit: Option<Duration>,
     table: Mutex<Table>,
     changed: Condvar,
 }
 
 impl Registry {
+    #[must_use]
+    pub fn new(limit: Option<Duration>) -> Self {
+        Self { limit, ..Self::default() }
+    }
+
     /// Notes that a request waits, until the guard is dropped.
     pub fn add(
         self: &Arc<Self>,
@@ -129,7 +146,8 @@ impl Registry {
         request: Arc<dyn Interrupt>,
     ) -> Option<Guard> {
         // Thread 0 is the kernel itself or another pid namespace: nobody to look up.
-        if patience == Patience::Endless || thread == 0 {
+        let patience = if thread == 0 && patience != Patience::AnySignal { Patience::Endless } else { patience };
+        if (patience == Patience::Endless && self.limit.is_none()) || thread == 0 && patience == Patience::AnySignal {
             return None;
         }
         let mut table = self.lock();
@@ -172,23 +190,33 @@ impl Registry {
         !table.stopped
     }
 
-    /// Interrupts what is old enough and whose asker was sent home.
+    /// Interrupts what is old enough and whose asker was sent home, and what is too old.
     fn sweep(
         &self,
         now: Instant,
         signals: impl Fn(u32) -> Option<procfs::Signals>,
         dying: impl Fn(u32) -> bool,
     ) {
-        let old: Vec<(u32, Patience, Arc<dyn Interrupt>)> = self
+        let age = |waiting: &Waiting| now.saturating_duration_since(waiting.since);
+        let old: Vec<(u32, Patience, Duration, Arc<dyn Interrupt>)> = self
             .lock()
             .waiting
             .values()
-            .filter(|waiting| now.saturating_duration_since(waiting.since) >= AGE)
-            .map(|waiting| (waiting.thread, waiting.patience, Arc::clone(&waiting.request)))
+            .filter(|waiting| age(waiting) >= AGE)
+            .map(|waiting| (waiting.thread, waiting.patience, age(waiting), Arc::clone(&waiting.request)))
             .collect();
         // One thread may have many requests under way (readahead): it is looked up once.
         let mut seen: HashMap<u32, Option<procfs::Signals>> = HashMap::new();
-        for (thread, patience, request) in old {
+        for (thread, patience, age, request) in old {
+            if patience != Patience::AnySignal && self.limit.is_some_and(|limit| age >= limit) {
+                if request.time_out() {
+                    tracing::warn!(seconds = age.as_secs(), "a request was given up");
+                }
+                continue;
+            }
+            if patience == Patience::Endless {
+                continue;
+            }
             let Some(state) = *seen.entry(thread).or_insert_with(|| signals(thread)) else { continue };
             let leaves = match patience {
                 Patience::Killed => state.killed(),
@@ -264,6 +292,35 @@ mod tests {
         slots[0].take().expect("not answered yet").send(None).expect("the test listens");
         registry.sweep(later, killed, |_| false);
         assert_eq!(answers.try_iter().collect::<Vec<_>>(), [None]);
+        drop(guards);
+        assert!(registry.lock().waiting.is_empty());
+    }
+
+    #[test]
+    fn what_is_too_old_is_answered_whoever_asks_except_waits_for_locks() {
+        let limit = Duration::from_secs(9);
+        let registry = Arc::new(Registry::new(Some(limit)));
+        let (sender, answers) = mpsc::channel();
+        let slots: Vec<_> = (0..4).map(|_| Slot::new(sender.clone())).collect();
+        let asked = [
+            (7, Patience::Killed),
+            (0, Patience::Killed),
+            (7, Patience::Endless),
+            (7, Patience::AnySignal),
+        ];
+        let guards: Vec<_> = (0..)
+            .zip(&slots)
+            .zip(asked)
+            .filter_map(|((unique, slot), (thread, patience))| {
+                registry.add(unique, thread, patience, Arc::clone(slot) as Arc<dyn Interrupt>)
+            })
+            .collect();
+        let alive = |_| Some(procfs::Signals::default());
+        registry.sweep(Instant::now() + limit - Duration::from_secs(1), alive, |_| false);
+        assert!(answers.try_recv().is_err(), "in time");
+        registry.sweep(Instant::now() + limit, alive, |_| false);
+        assert_eq!(answers.try_iter().collect::<Vec<_>>(), [Some(libc::ETIMEDOUT); 3]);
+        assert!(slots[3].take().is_some(), "somebody may hold the lock for days");
         drop(guards);
         assert!(registry.lock().waiting.is_empty());
     }

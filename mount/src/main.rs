@@ -6,9 +6,10 @@
 //!                          ├── kernel      tells it what to drop
 //!                          ├── killable    sends killed processes home
 //!                          └── errno       the one table
-//! cli, options ── run (connect, mount, serve, flush, unmount) ── mountpoint, daemon      unmount
+//! cli, options ── run (connect, mount, serve, flush, unmount) ── mountpoint, daemon, assist      unmount
 //! ```
 
+mod assist;
 mod cli;
 mod daemon;
 mod errno;
@@ -42,7 +43,8 @@ fn main() -> ExitCode {
                 print!("{text}");
                 Ok(0)
             }
-            Wish::Unmount { place, lazy } => unmount::run(&place, lazy).map(|()| 0),
+            Wish::Unmount { place, how } => unmount::run(&place, how).map(|()| 0),
+            Wish::Assist { task, place } => Ok(assist::run(task, &place)),
             Wish::Mount(wish) => mount(&wish),
         });
     match result {

@@ -10,6 +10,17 @@ use std::process::Command;
 /// The type that mounts of dfs show.
 pub const FS_TYPE: &str = "fuse.dfs";
 
+/// How to unmount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// Not while it is used.
+    Now,
+    /// Out of the tree at once; files that are open keep it alive until they are closed.
+    Lazy,
+    /// As `Lazy`, and whatever waits for the file system gets an error first (root only; else as `Lazy`).
+    Abort,
+}
+
 /// A mounted file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
@@ -83,7 +94,7 @@ pub fn check(named: &Path) -> Result<PathBuf, Failure> {
         && is_dead(&absolute)
         && matches!(mounted_on(&absolute), Ok(Some(mount)) if mount.fs_type == FS_TYPE)
     {
-        unmount(&absolute, true).map_err(|error| {
+        unmount(&absolute, How::Lazy).map_err(|error| {
             Failure::operation(format!("{shown}: a dead mount is there and could not be removed: {error}"))
         })?;
     }
@@ -108,13 +119,18 @@ pub fn is_dead(place: &Path) -> bool {
     std::fs::metadata(place).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
 }
 
-/// Unmounts; with `lazy` also when files are open there, which keep it alive until they are closed.
+/// Unmounts. Now and lazily it may wait for the file system to take what programs have changed in shared mappings.
 ///
 /// # Errors
 /// As umount2(2); EBUSY when it is used.
-pub fn unmount(place: &Path, lazy: bool) -> io::Result<()> {
+pub fn unmount(place: &Path, how: How) -> io::Result<()> {
     let path = CString::new(place.as_os_str().as_bytes())?;
-    let flags = libc::UMOUNT_NOFOLLOW | if lazy { libc::MNT_DETACH } else { 0 };
+    let flags = libc::UMOUNT_NOFOLLOW
+        | match how {
+            How::Now => 0,
+            How::Lazy => libc::MNT_DETACH,
+            How::Abort => libc::MNT_DETACH | libc::MNT_FORCE,
+        };
     // SAFETY: `path` ends with a zero byte and outlives the call.
     if unsafe { libc::umount2(path.as_ptr(), flags) } == 0 {
         return Ok(());
@@ -125,7 +141,7 @@ pub fn unmount(place: &Path, lazy: bool) -> io::Result<()> {
     }
     // Not root: the set-user-id helper may.
     let mut helper = Command::new("fusermount3");
-    helper.arg("-u").args(lazy.then_some("-z")).arg("--").arg(place);
+    helper.arg("-u").args((how != How::Now).then_some("-z")).arg("--").arg(place);
     let output =
         helper.output().map_err(|cause| io::Error::new(cause.kind(), format!("fusermount3: {cause}")))?;
     if output.status.success() {

@@ -27,6 +27,8 @@ pub struct Options {
     pub read_cache: Option<u64>,
     /// `Some(None)`: operations wait for the cluster as long as it takes.
     pub operation_timeout: Option<Option<Duration>>,
+    /// Operations fail after a while whatever the settings say.
+    pub soft: bool,
 }
 
 /// Options that are mount(8)'s or systemd's own business, or ask for what is so anyway.
@@ -56,7 +58,6 @@ const IGNORED: &[&str] = &[
     "noiversion",
     "nomand",
     "default_permissions",
-    "soft",
 ];
 
 impl Options {
@@ -95,13 +96,18 @@ impl Options {
             "sync" => self.sync = true,
             "async" => self.sync = false,
             "dirsync" => self.dirsync = true,
-            "hard" => self.operation_timeout = Some(None),
+            "hard" => (self.operation_timeout, self.soft) = (Some(None), false),
+            "soft" => {
+                // The settings' time-out, unless it was said which one.
+                self.operation_timeout = self.operation_timeout.filter(Option::is_some);
+                self.soft = true;
+            }
             "strictatime" => {
                 return Err("option 'strictatime' is not supported: access times are kept as relatime does"
                     .to_owned());
             }
             "remount" => return Err("option 'remount' is not supported: unmount and mount again".to_owned()),
-            "subdir" | "masters" | "config" | "write_memory" | "read_cache" | "operation_timeout" => {
+            "subdir" | "masters" | "config" | "write_memory" | "read_cache" | "timeout" | "operation_timeout" => {
                 return Err(format!("option '{option}' needs a value ({option}=…)"));
             }
             ignored if IGNORED.contains(&ignored) => {}
@@ -131,11 +137,12 @@ impl Options {
                 self.write_memory = Some(bytes);
             }
             "read_cache" => self.read_cache = Some(bytes()?),
-            "operation_timeout" => {
+            "timeout" | "operation_timeout" => {
                 let seconds = value.strip_suffix('s').unwrap_or(value).parse::<u64>().map_err(|_| {
-                    format!("option 'operation_timeout': '{value}' is not a number of seconds")
+                    format!("option '{key}': '{value}' is not a number of seconds")
                 })?;
                 self.operation_timeout = Some((seconds != 0).then(|| Duration::from_secs(seconds)));
+                self.soft &= seconds != 0;
             }
             "comment" => {}
             _ => return Err(format!("unknown option '{key}'")),
@@ -182,7 +189,7 @@ mod tests {
     fn every_option_is_read() {
         let options = parsed(
             "ro,subdir=/a/b/,allow_other,noatime,noexec,nosuid,nodev,sync,dirsync,masters=h:1+[::1]:2,config=/c,\
-             write_memory=64MiB,read_cache=1GiB,operation_timeout=5s",
+             write_memory=64MiB,read_cache=1GiB,timeout=5s",
         )
         .expect("good options");
         let wanted = Options {
@@ -200,6 +207,7 @@ mod tests {
             write_memory: Some(64 << 20),
             read_cache: Some(1 << 30),
             operation_timeout: Some(Some(Duration::from_secs(5))),
+            soft: false,
         };
         assert_eq!(options, wanted);
     }
@@ -211,11 +219,19 @@ mod tests {
         assert_eq!(parsed(noise), Ok(Options::default()));
         assert_eq!(parsed("ro,rw,noexec,exec,noatime,relatime,sync,async"), Ok(Options::default()));
         assert_eq!(parsed("subdir=/").map(|options| options.subdir), Ok(None));
-        assert_eq!(parsed("hard").map(|options| options.operation_timeout), Ok(Some(None)));
-        assert_eq!(
-            parsed("hard,operation_timeout=0").map(|options| options.operation_timeout),
-            Ok(Some(None))
-        );
+        let patience = |list: &str| {
+            let options = parsed(list).expect(list);
+            (options.operation_timeout, options.soft)
+        };
+        let seconds = |seconds| Some(Some(Duration::from_secs(seconds)));
+        assert_eq!(patience("hard"), (Some(None), false));
+        assert_eq!(patience("soft"), (None, true));
+        assert_eq!(patience("hard,operation_timeout=0"), (Some(None), false));
+        assert_eq!(patience("timeout=5,hard"), (Some(None), false));
+        assert_eq!(patience("soft,timeout=0"), (Some(None), false));
+        assert_eq!(patience("hard,soft"), (None, true));
+        assert_eq!(patience("hard,timeout=7"), (seconds(7), false));
+        assert_eq!(patience("timeout=7,soft"), (seconds(7), true));
     }
 
     #[test]
@@ -229,7 +245,8 @@ mod tests {
             ("subdir", "option 'subdir' needs a value"),
             ("write_memory=1KiB", "at least 1MiB"),
             ("read_cache=apples", "option 'read_cache'"),
-            ("operation_timeout=soon", "'soon' is not a number of seconds"),
+            ("timeout=soon", "option 'timeout': 'soon' is not a number of seconds"),
+            ("timeout", "option 'timeout' needs a value"),
         ] {
             let error = parsed(list).expect_err(list);
             assert!(error.contains(line) && !error.contains('\n'), "{list}: {error}");

@@ -1,5 +1,6 @@
 //! The life of a mount: connect, mount, serve, flush, unmount.
 
+use crate::assist::{Task, assist};
 use crate::cli::MountWish;
 use crate::daemon::{PidFile, Starter};
 use crate::fail::Failure;
@@ -10,23 +11,27 @@ use crate::mountpoint::{self, Mount};
 use crate::options::Options;
 use dfs_client::{Client, ClientConfig};
 use dfs_env::Env;
-use dfs_proto::v1::Kind;
-use dfs_proto::{InodeNo, limits};
+use dfs_proto::v1::{ErrorCode, Kind};
+use dfs_proto::{FsError, FsResult, InodeNo, limits};
 use fuser::{Config, MountOption, Session, SessionACL};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 /// Threads that read requests: two nearly double small operations (docs/BENCHMARKS.md), more cost more than they bring.
 const FUSE_THREADS: usize = 2;
 /// How far the kernel reads ahead, in KiB; the client reads further ahead by itself.
 const READ_AHEAD_KIB: u32 = 1024;
+/// How much longer a request of the kernel may take whose parts have each stayed within the time-out, in milliseconds.
+const SLACK_MS: u64 = 2_000;
 /// How long programs that still use the mount are served once it is being taken away.
 const LINGER: Duration = Duration::from_secs(5);
+/// How long until unmounting is tried again.
+const AGAIN: Duration = Duration::from_millis(100);
 /// How long the kernel may take to hand over pages that were written to shared mappings.
 const KERNEL_FLUSH: Duration = Duration::from_secs(30);
 
@@ -48,6 +53,10 @@ pub fn settings(env: &Env, options: &Options, place: &Path) -> Result<ClientConf
     config.write_memory = options.write_memory.unwrap_or(config.write_memory);
     config.read_cache = options.read_cache.unwrap_or(config.read_cache);
     config.operation_timeout = options.operation_timeout.unwrap_or(config.operation_timeout);
+    if options.soft {
+        let default = Duration::from_millis(limits::OPERATION_MS);
+        config.operation_timeout = config.operation_timeout.or(Some(default));
+    }
     config.noatime |= options.noatime;
     Ok(config)
 }
@@ -58,17 +67,27 @@ pub fn serve(wish: &MountWish, place: PathBuf, config: ClientConfig, starter: St
         Ok(runtime) => runtime,
         Err(error) => return fail(starter, &Failure::operation(error)),
     };
+    let limit = config.operation_timeout.map(|limit| limit + Duration::from_millis(SLACK_MS));
     let bound = config.operation_timeout.unwrap_or(Duration::from_millis(limits::OPERATION_MS));
     let client = match runtime.block_on(Client::connect(Env::real(), config)) {
         Ok(client) => client,
         Err(error) => return fail(starter, &Failure::operation(error)),
     };
-    let served = Served { place, client, runtime, bound };
-    let status = match served.start(wish) {
-        Ok(running) => served.run(running, wish, starter),
-        Err(failure) => fail(starter, &failure),
+    let served = Served { place, client, runtime, bound, limit };
+    // Before there is a mount that a signal could leave behind.
+    let listening = {
+        let _runtime = served.runtime.enter();
+        Ending::listen()
     };
-    let flushed = served.runtime.block_on(served.client.shutdown());
+    let mut ending = match listening {
+        Ok(ending) => ending,
+        Err(error) => return fail(starter, &Failure::operation(format!("no signal handler: {error}"))),
+    };
+    let (status, written) = match served.start(wish) {
+        Ok(running) => served.run(running, wish, starter, &mut ending),
+        Err(failure) => (fail(starter, &failure), true),
+    };
+    let flushed = served.runtime.block_on(served.leave(written, &mut ending));
     served.runtime.shutdown_timeout(Duration::from_secs(1));
     match flushed {
         Ok(()) => {
@@ -78,6 +97,25 @@ pub fn serve(wish: &MountWish, place: PathBuf, config: ClientConfig, starter: St
         Err(error) => {
             tracing::error!(%error, "not everything could be written");
             1
+        }
+    }
+}
+
+/// What asks for the end of a mount. The second time it is in a hurry.
+struct Ending {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Ending {
+    fn listen() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn asked(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
         }
     }
 }
@@ -94,6 +132,8 @@ struct Served {
     runtime: Runtime,
     /// How long flushing may take at the end.
     bound: Duration,
+    /// How long any request may take; `None`: as long as it does.
+    limit: Option<Duration>,
 }
 
 /// A mount that is there.
@@ -115,7 +155,7 @@ impl Served {
             ),
             None => None,
         };
-        let registry = Arc::new(Registry::default());
+        let registry = Arc::new(Registry::new(self.limit));
         let fs = Dfs::new(self.client.clone(), root, Arc::clone(&registry), self.runtime.handle().clone());
         let shared = fs.shared();
         let config = kernel_config(&wish.options, &self.client.cluster_id(), is_root());
@@ -154,7 +194,8 @@ impl Served {
         Ok(InodeNo(attr.ino))
     }
 
-    fn run(&self, running: Running, wish: &MountWish, starter: Starter) -> u8 {
+    /// Answers the exit status, and whether everything was written as far as is known.
+    fn run(&self, running: Running, wish: &MountWish, starter: Starter, ending: &mut Ending) -> (u8, bool) {
         let Running { session, registry, mount, _pid_file } = running;
         let (ended, mut end) = oneshot::channel();
         let thread = std::thread::Builder::new().name("fuse".to_owned()).spawn(move || {
@@ -163,81 +204,113 @@ impl Served {
         });
         // A thread that cannot be started has dropped the session, which unmounts.
         if let Err(error) = thread {
-            return fail(starter, &Failure::operation(format!("no thread: {error}")));
+            return (fail(starter, &Failure::operation(format!("no thread: {error}"))), true);
         }
-        let status = self.runtime.block_on(async {
-            let (mut terminate, mut interrupt) =
-                match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
-                    (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
-                    (Err(error), _) | (_, Err(error)) => {
-                        let status =
-                            fail(starter, &Failure::operation(format!("no signal handler: {error}")));
-                        self.stop(&mut end).await;
-                        return status;
-                    }
-                };
+        let written = self.runtime.block_on(async {
             tracing::info!(place = %self.place.display(), cluster = %self.client.cluster_id(), "mounted");
             if let Err(error) = starter.ready(wish.log_file.as_ref()) {
                 tracing::warn!(%error, "whoever started this could not be told that the mount is usable");
             }
             tokio::select! {
-                result = &mut end => report_end(result),
-                _ = terminate.recv() => self.stop(&mut end).await,
-                _ = interrupt.recv() => self.stop(&mut end).await,
+                result = &mut end => {
+                    report_end(result);
+                    true
+                }
+                () = ending.asked() => self.stop(&mut end, ending).await,
             }
-            0
         });
         registry.stop();
         self.leave_nothing(mount.as_ref());
-        status
+        (0, written)
     }
 
-    /// Flushes and unmounts, as far as programs that use the mount allow.
-    async fn stop(&self, end: &mut oneshot::Receiver<io::Result<()>>) {
+    /// Flushes and unmounts, as far as programs that use the mount allow. Answers whether everything was written.
+    async fn stop(&self, end: &mut oneshot::Receiver<io::Result<()>>, ending: &mut Ending) -> bool {
         tracing::info!("unmounting");
         if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Stopping]) {
             tracing::debug!(%error, "systemd was not told");
         }
-        let place = self.place.clone();
-        let pages = tokio::task::spawn_blocking(move || sync_kernel(&place));
-        match tokio::time::timeout(KERNEL_FLUSH, pages).await {
-            Ok(Ok(Ok(()))) => {}
-            Ok(Ok(Err(error))) => tracing::warn!(%error, "the kernel's pages"),
-            Ok(Err(error)) => tracing::warn!(%error, "the kernel's pages"),
-            Err(_) => tracing::warn!("the kernel's pages were not written within {KERNEL_FLUSH:?}"),
+        let (mut written, mut hurry) = (false, false);
+        tokio::select! {
+            done = self.write_out() => written = done,
+            () = ending.asked() => hurry = true,
         }
-        match tokio::time::timeout(self.bound, self.client.sync()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::error!(%error, "flushing failed"),
-            Err(_) => tracing::error!("not everything was written within {:?}", self.bound),
+        if !hurry {
+            tokio::select! {
+                done = tokio::time::timeout(LINGER, self.unmount()) => hurry = done.is_err(),
+                () = ending.asked() => hurry = true,
+            }
         }
-        let place = self.place.clone();
-        let unmounted = tokio::task::spawn_blocking(move || {
-            mountpoint::unmount(&place, false).or_else(|error| match error.raw_os_error() {
-                // Somebody unmounted it meanwhile.
-                Some(libc::EINVAL) => Ok(()),
-                _ => {
-                    tracing::warn!(%error, "programs still use the mount: it goes when they leave it");
-                    mountpoint::unmount(&place, true)
-                }
-            })
-        });
-        match unmounted.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::error!(%error, "the mount could not be removed"),
-            Err(error) => tracing::error!(%error, "the mount could not be removed"),
+        if hurry {
+            tracing::warn!("programs that still use the mount get errors from here on");
+            if let Err(error) = assist(Task::Abort, &self.place, LINGER).await {
+                tracing::error!(%error, "the mount could not be removed");
+            }
         }
         match tokio::time::timeout(LINGER, end).await {
             Ok(result) => report_end(result),
-            Err(_) => tracing::warn!("programs that still have files open there get errors from here on"),
+            Err(_) => tracing::warn!("the kernel keeps the mount until the last program has left it"),
         }
+        written
+    }
+
+    /// What programs changed in shared mappings, then everything that is kept here.
+    async fn write_out(&self) -> bool {
+        let all = async {
+            match assist(Task::Write, &self.place, KERNEL_FLUSH.min(self.bound)).await {
+                Ok(()) => {}
+                Err(error) => tracing::warn!(%error, "the kernel's pages could not all be written"),
+            }
+            self.client.sync().await
+        };
+        match tokio::time::timeout(self.bound, all).await {
+            Ok(Ok(())) => true,
+            Ok(Err(error)) => {
+                tracing::error!(%error, "flushing failed");
+                false
+            }
+            Err(_) => {
+                tracing::error!("not everything was written within {:?}", self.bound);
+                false
+            }
+        }
+    }
+
+    /// Unmounts as soon as nobody uses it.
+    async fn unmount(&self) {
+        let mut told = false;
+        loop {
+            match assist(Task::Unmount, &self.place, LINGER).await {
+                Ok(()) => return,
+                // Somebody unmounted it meanwhile.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return,
+                Err(error) if !told => {
+                    tracing::warn!(%error, "the mount cannot be removed yet");
+                    told = true;
+                }
+                Err(_) => {}
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    /// Ends the session. `written`: what is left is to be written first, if there is any.
+    async fn leave(&self, written: bool, ending: &mut Ending) -> FsResult<()> {
+        if written {
+            tokio::select! {
+                flushed = self.client.shutdown() => return flushed,
+                () = ending.asked() => {}
+            }
+        }
+        self.client.leave().await;
+        Err(FsError::new(ErrorCode::ErrorTimedOut, "it was given up"))
     }
 
     /// No dead mount stays behind, whatever ended the session.
     fn leave_nothing(&self, ours: Option<&Mount>) {
         let Ok(Some(there)) = mountpoint::mounted_on(&self.place) else { return };
         if ours == Some(&there)
-            && let Err(error) = mountpoint::unmount(&self.place, true)
+            && let Err(error) = self.runtime.block_on(assist(Task::Abort, &self.place, LINGER))
         {
             tracing::error!(%error, "a dead mount stays behind");
         }
@@ -250,17 +323,6 @@ fn report_end(result: Result<io::Result<()>, oneshot::error::RecvError>) {
         Ok(Err(error)) => tracing::error!(%error, "the session ended"),
         Err(_) => tracing::error!("the session's thread ended without a word"),
     }
-}
-
-/// Makes the kernel hand over what was written to shared mappings.
-fn sync_kernel(place: &Path) -> io::Result<()> {
-    use std::os::fd::AsRawFd;
-    let root = std::fs::File::open(place)?;
-    // SAFETY: the descriptor is open and the call touches no memory.
-    if unsafe { libc::syncfs(root.as_raw_fd()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }
 
 fn is_root() -> bool {

@@ -62,8 +62,13 @@ impl DataDir {
         lock(&self.room).failed.clone()
     }
 
-    /// Takes the directory out of use for new chunks: its disk answered with an error.
+    /// Takes the directory out of use for new chunks: its disk answered with an error. A full disk is none: whoever wrote is
+    /// refused, and goes on here once there is room again.
     pub fn fail(&self, error: &FsError) {
+        if matches!(error.code, ErrorCode::ErrorNoSpace | ErrorCode::ErrorQuota) {
+            tracing::warn!(dir = %self.path.display(), %error, "the disk of this data directory is full");
+            return;
+        }
         let mut room = lock(&self.room);
         if room.failed.is_none() {
             tracing::error!(dir = %self.path.display(), %error, "this data directory has failed and takes no new chunks");
@@ -211,6 +216,8 @@ mod tests {
         assert_eq!(dirs.place().expect("room").path, Path::new("/b"));
         dirs.all[1].account(1500, 0);
         assert_eq!(dirs.place().expect("room").path, Path::new("/a"));
+        dirs.all[0].fail(&ErrorCode::ErrorNoSpace.into());
+        assert_eq!(dirs.place().expect("full is not broken").path, Path::new("/a"));
         dirs.all[0].fail(&ErrorCode::ErrorIo.into());
         assert_eq!(dirs.place().expect("room").path, Path::new("/b"));
         dirs.all[1].fail(&ErrorCode::ErrorIo.into());

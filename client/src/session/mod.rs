@@ -30,6 +30,9 @@ use tokio::time::{Instant, timeout};
 
 /// How often requests whose time is up are looked for.
 const SWEEP: Duration = Duration::from_millis(200);
+/// How long a request waits once the masters have been silent for as long as a request may take. Programs that wait for each
+/// other in the kernel, in one directory, would else add up their time-outs.
+const HOPELESS: Duration = Duration::from_millis(200);
 
 /// A session. Dropping it ends the connection; the master expires the session later. See [`Session::goodbye`].
 pub struct Session {
@@ -242,7 +245,7 @@ impl Session {
         let shared = &self.shared;
         let waits =
             matches!(&op, request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(lock)) }) if lock.wait);
-        let deadline = shared.operation_timeout.map(|bound| Instant::now() + bound);
+        let deadline = shared.deadline();
         // What is urgent has places of its own, whatever programs wait for.
         let reserved = if requests::is_urgent(&op) {
             Some(shared.place(&shared.reserve, deadline).await?)
@@ -332,7 +335,7 @@ impl Shared {
         if let Ok(permit) = of.try_acquire() {
             return Ok(permit);
         }
-        let deadline = deadline.or_else(|| self.operation_timeout.map(|bound| Instant::now() + bound));
+        let deadline = deadline.or_else(|| self.deadline());
         let acquired = match deadline {
             Some(deadline) => tokio::time::timeout_at(deadline, of.acquire()).await,
             None => Ok(of.acquire().await),
@@ -345,6 +348,13 @@ impl Shared {
                 format!("{}: {}", self.bound(), self.state().cause),
             )),
         }
+    }
+
+    /// Until when a request that begins now may wait.
+    fn deadline(&self) -> Option<Instant> {
+        let (bound, now) = (self.operation_timeout?, Instant::now());
+        let silent_since = self.state().silent_since();
+        Some(silent_since.map_or(now + bound, |since| (since + bound).max(now + HOPELESS)))
     }
 
     /// Hands a request that has its place in the window to the stream.
@@ -450,9 +460,7 @@ impl Shared {
 
     fn disconnected(&self, cause: String) {
         let mut state = self.state();
-        state.welcomed = false;
-        state.stream += 1;
-        state.cause = cause;
+        state.disconnected(cause);
         // The old stream ends itself as soon as it is looked at.
         let waker = state.waker.take();
         drop(state);
@@ -526,7 +534,7 @@ async fn sweep(shared: std::sync::Weak<Shared>) {
         let outcome = {
             let mut state = shared.state();
             state.retry_deferred();
-            state.overdue(Instant::now(), || shared.bound())
+            state.overdue(Instant::now(), shared.operation_timeout, || shared.bound())
         };
         shared.settle(outcome);
         shared.wake();

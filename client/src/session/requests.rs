@@ -93,6 +93,7 @@ struct Pending {
     deadline: Option<Instant>,
     /// It was in a frame at least once: it may have been carried out.
     sent: bool,
+    since: Instant,
     /// A waiting lock that nobody waits for any more.
     cancelled: bool,
     /// It has a place in the window.
@@ -112,6 +113,8 @@ pub(super) struct State {
     pub stream: u64,
     /// The stream was welcomed: requests may follow the hello.
     pub welcomed: bool,
+    /// Since when it is not.
+    silent_since: Instant,
     /// Wakes the stream when there is something to send.
     pub waker: Option<Waker>,
     keep_alive: u64,
@@ -149,6 +152,7 @@ impl State {
             locks_pending: 0,
             stream: 0,
             welcomed: false,
+            silent_since: Instant::now(),
             waker: None,
             keep_alive: 0,
             keep_alive_due: false,
@@ -186,8 +190,9 @@ impl State {
             self.locks_pending += 1;
         }
         let request = Request { seq, cred: Some(cred.clone()), op: Some(op) };
+        let since = Instant::now();
         self.pending
-            .insert(seq, Pending { request, reply, deadline, sent: false, cancelled: false, counted });
+            .insert(seq, Pending { request, reply, deadline, since, sent: false, cancelled: false, counted });
         self.unsent.push_back(seq);
         seq
     }
@@ -447,12 +452,35 @@ impl State {
         }
     }
 
-    /// Those whose time is up. One that was sent may still be carried out; the master will not be asked again.
-    pub fn overdue(&mut self, now: Instant, bound: impl Fn() -> String) -> Outcome {
+    /// Since when there is no master.
+    pub fn silent_since(&self) -> Option<Instant> {
+        (!self.welcomed).then_some(self.silent_since)
+    }
+
+    /// The stream has ended.
+    pub fn disconnected(&mut self, cause: String) {
+        if self.welcomed {
+            self.silent_since = Instant::now();
+        }
+        self.welcomed = false;
+        self.stream += 1;
+        self.cause = cause;
+    }
+
+    /// Those whose time is up. One that was sent may still be carried out; the master will not be asked again. Who waits for
+    /// a lock may do so for as long as its holder likes, but no longer than `silence` for a master.
+    pub fn overdue(&mut self, now: Instant, silence: Option<Duration>, bound: impl Fn() -> String) -> Outcome {
+        let deaf_since = |since: Instant| self.silent_since().map(|silent| since.max(silent));
         let late: Vec<u64> = self
             .pending
             .iter()
-            .filter(|(_, pending)| pending.deadline.is_some_and(|deadline| deadline <= now))
+            .filter(|(_, pending)| match (pending.deadline, silence) {
+                (Some(deadline), _) => deadline <= now,
+                (None, Some(silence)) if is_wait(&pending.request) => {
+                    deaf_since(pending.since).is_some_and(|since| since + silence <= now)
+                }
+                (None, _) => false,
+            })
             .map(|(seq, _)| *seq)
             .collect();
         let mut outcome = Outcome::default();
@@ -650,6 +678,10 @@ pub(super) fn is_urgent(op: &request::Op) -> bool {
 
 fn is_lock(op: &request::Op) -> bool {
     matches!(op, request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(_)) }))
+}
+
+fn is_wait(request: &Request) -> bool {
+    matches!(&request.op, Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::Lock(lock)) })) if lock.wait)
 }
 
 fn is_cancel(request: &Request) -> bool {

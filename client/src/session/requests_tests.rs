@@ -220,13 +220,36 @@ async fn whose_time_is_up_is_told_the_cause() {
     let (_, mut patient) = submit(&mut state, mutation());
     state.hello("n", "h", NOW);
     state.cause = "a:1: Connection refused".into();
-    assert_eq!(done(state.overdue(Instant::now(), String::new)), 0);
+    assert_eq!(done(state.overdue(Instant::now(), None, String::new)), 0);
     tokio::time::advance(std::time::Duration::from_secs(1)).await;
-    let outcome = state.overdue(Instant::now(), || "no answer within 1s".into());
+    let outcome = state.overdue(Instant::now(), None, || "no answer within 1s".into());
     assert_eq!((outcome.freed, done(outcome)), (1, 1));
     let error = receiver.try_recv().expect("answered").result.expect_err("failed");
     assert_eq!(error.to_string(), "no answer within 1s: a:1: Connection refused (timed out)");
     assert!(patient.try_recv().is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_a_lock_waits_as_long_as_masters_answer() {
+    let mut state = connected();
+    let (_, mut patient) = submit(&mut state, hold(hold::Op::Lock(lock(4))));
+    let second = Duration::from_secs(1);
+    let late = |state: &mut State, silence| done(state.overdue(Instant::now(), silence, String::new));
+    tokio::time::advance(100 * second).await;
+    assert_eq!(late(&mut state, Some(second)), 0, "the masters are there");
+    state.disconnected("a:1: Connection refused".into());
+    state.hello("n", "h", NOW);
+    assert_eq!(late(&mut state, Some(second)), 0);
+    tokio::time::advance(second).await;
+    assert_eq!(late(&mut state, None), 0, "for ever");
+    let (_, mut later) = submit(&mut state, hold(hold::Op::Lock(lock(5))));
+    assert_eq!(late(&mut state, Some(second)), 1);
+    let error = patient.try_recv().expect("answered").result.expect_err("failed");
+    assert_eq!(error.code, ErrorCode::ErrorTimedOut);
+    assert!(later.try_recv().is_err(), "it has only begun");
+    tokio::time::advance(second).await;
+    state.disconnected("a:1: Connection refused".into());
+    assert_eq!(late(&mut state, Some(second)), 1, "further attempts that fail change nothing");
 }
 
 #[test]

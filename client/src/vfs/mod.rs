@@ -135,6 +135,11 @@ impl Client {
         flushed
     }
 
+    /// Ends the session as it is: what is not written is lost. Later calls fail.
+    pub async fn leave(&self) {
+        self.inner.session.goodbye(COURTESY).await;
+    }
+
     /// Returns when everything written before the call is durable, as sync(2) does.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use super::answer::Answer;
 use super::convert::{kernel_lock_end, lock_number};
 use super::state::Shared;
 use dfs_proto::InodeNo;
-use dfs_proto::v1::{self, ErrorCode, lock};
+use dfs_proto::v1::{self, lock};
 use fuser::{ReplyEmpty, ReplyLock};
 
 impl Shared {
@@ -23,7 +23,8 @@ impl Shared {
         }
     }
 
-    /// Takes or gives up a lock, waiting for it when `lock.wait` says so, until a signal comes.
+    /// Takes or gives up a lock, waiting for it when `lock.wait` says so, until a signal comes or the masters have been silent
+    /// for too long.
     pub async fn setlk(&self, ino: InodeNo, lock: v1::Lock, answer: Answer<ReplyEmpty>) {
         let taken = tokio::select! {
             biased;
@@ -40,10 +41,6 @@ impl Shared {
                         tracing::warn!(%ino, %error, "a lock could not be given up");
                     }
                 }
-            }
-            // Nothing is wrong with the cluster: whoever asked without waiting wants to know.
-            Err(error) if error.code == ErrorCode::ErrorTimedOut && lock.wait => {
-                answer.fail(&ErrorCode::ErrorInterrupted.into());
             }
             Err(error) => answer.fail(&error),
         }
