@@ -10,11 +10,36 @@ pub enum Defect {
     NoGrace,
     /// A lease is given although somebody else holds one that excludes it.
     GrantedTwice,
+    /// A daemon says that an append is on disk before its fdatasync.
+    AckBeforeSync,
+    /// A daemon takes appends of an epoch that has ended.
+    EpochUnchecked,
+    /// A snapshot lacks the recorded answers that retries are recognised by.
+    AnswersLost,
+    /// The log is purged up to the newest snapshot, not up to the older of two.
+    PurgedEarly,
+    /// A client commits bytes that the daemons have, but not on their disks.
+    CommittedUnsynced,
+    /// A daemon that is told to fence cuts what it thinks superfluous, before any seal is committed.
+    CutEarly,
+    /// A daemon obeys the orders of a leader that was replaced.
+    TermUnchecked,
 }
 
 impl Defect {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::LateInvalidation, Self::NoGrace, Self::GrantedTwice];
+    pub const ALL: [Self; 10] = [
+        Self::LateInvalidation,
+        Self::NoGrace,
+        Self::GrantedTwice,
+        Self::AckBeforeSync,
+        Self::EpochUnchecked,
+        Self::AnswersLost,
+        Self::PurgedEarly,
+        Self::CommittedUnsynced,
+        Self::CutEarly,
+        Self::TermUnchecked,
+    ];
 }
 
 #[cfg(feature = "defects")]

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// How to open a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,6 +43,11 @@ pub trait Disk: Send + Sync + 'static {
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
     /// Space around a path.
     fn space(&self, path: &Path) -> io::Result<Space>;
+
+    /// How long the next blocking call takes. Only a simulated disk knows that; of a real one it shows when the call returns.
+    fn lag(&self) -> Duration {
+        Duration::ZERO
+    }
 
     /// Keeps every other process from locking this path until the answer is dropped; `WouldBlock` when one has. A disk
     /// that only one process sees has nothing to do.

@@ -60,6 +60,10 @@ impl Env {
         call: impl FnOnce() -> std::io::Result<T> + Send + 'static,
     ) -> std::io::Result<T> {
         if !self.threads {
+            let lag = self.disk.lag();
+            if !lag.is_zero() {
+                tokio::time::sleep(lag).await;
+            }
             return call();
         }
         match tokio::task::spawn_blocking(call).await {

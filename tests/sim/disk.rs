@@ -5,13 +5,19 @@
 //!                │ crash: a prefix survives,            │ crash: back to durable
 //!                ▼ the last one torn                    ▼
 //! ```
+//!
+//! It may be slow for a while, or full, and it sees every record that a daemon writes, also one that is cut again.
 
+use crate::chunks::chunk_of;
+use dfs_chunkd::store::format::{FILE_HEADER, FileHeader, Record, RecordKind};
 use dfs_env::disk::{Disk, DiskFile, OpenMode, Space};
+use dfs_proto::{ChunkId, Epoch};
 use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 const CAPACITY: u64 = 1 << 30;
 
@@ -54,22 +60,56 @@ pub struct Losses {
     pub writes_lost: u64,
     pub writes_torn: u64,
     pub names_lost: u64,
-    pub bits_flipped: u64,
-}
-
-impl std::ops::AddAssign for Losses {
-    fn add_assign(&mut self, more: Self) {
-        self.writes_lost += more.writes_lost;
-        self.writes_torn += more.writes_torn;
-        self.names_lost += more.names_lost;
-        self.bits_flipped += more.bits_flipped;
-    }
 }
 
 /// The disk of one simulated machine. It outlives its machine's crashes.
 #[derive(Clone, Default)]
 pub struct SimDisk {
     names: Arc<Mutex<Names>>,
+    medium: Arc<Mutex<Medium>>,
+}
+
+/// How the disk is, and what it has seen of chunk files since its machine started.
+#[derive(Default)]
+struct Medium {
+    /// How long a call takes.
+    lag: Duration,
+    /// Nothing may grow any more.
+    full: bool,
+    refused: u64,
+    epochs: BTreeMap<ChunkId, Epoch>,
+    /// Records of an epoch that had ended.
+    violations: Vec<String>,
+}
+
+impl Medium {
+    fn written(&mut self, chunk: ChunkId, mut bytes: &[u8], offset: usize) {
+        if offset == 0
+            && let Some(Ok(header)) = bytes.get(..FILE_HEADER).map(FileHeader::decode)
+        {
+            self.raise(chunk, header.epoch);
+            return;
+        }
+        let mut position = offset as u64;
+        while let Ok(record) = Record::decode(bytes, chunk, position) {
+            let epoch = self.epochs.get(&chunk).copied().unwrap_or(Epoch(0));
+            if record.kind == RecordKind::Data && record.epoch < epoch {
+                self.violations.push(format!(
+                    "a record of epoch {} was written to chunk {chunk} after epoch {epoch} began",
+                    record.epoch
+                ));
+            }
+            self.raise(chunk, record.epoch);
+            let length = usize::try_from(record.end_position() - position).unwrap_or(usize::MAX);
+            position = record.end_position();
+            bytes = bytes.get(length..).unwrap_or_default();
+        }
+    }
+
+    fn raise(&mut self, chunk: ChunkId, epoch: Epoch) {
+        let known = self.epochs.entry(chunk).or_insert(epoch);
+        *known = epoch.max(*known);
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -86,6 +126,8 @@ impl SimDisk {
         losses.names_lost +=
             names.live.keys().filter(|name| !names.durable.contains_key(*name)).count() as u64;
         names.live = names.durable.clone();
+        // An epoch that was not synced may be lost.
+        lock(&self.medium).epochs.clear();
         for content in names.live.values() {
             let mut content = lock(content);
             let pending = std::mem::take(&mut content.pending);
@@ -113,6 +155,7 @@ impl SimDisk {
         let mut names = lock(&self.names);
         names.live.retain(|name, _| !name.starts_with(below));
         names.durable.retain(|name, _| !name.starts_with(below));
+        lock(&self.medium).epochs.clear();
     }
 
     /// Flips one bit of one of the files that `may` be changed; of which.
@@ -136,6 +179,23 @@ impl SimDisk {
         lock(&self.names).durable.values().any(|content| !lock(content).pending.is_empty())
     }
 
+    /// From now on every call takes this long.
+    pub fn slow_down(&self, lag: Duration) {
+        lock(&self.medium).lag = lag;
+    }
+
+    /// From now on nothing may grow; or it may again. Answers how many writes were refused.
+    pub fn fill(&self, full: bool) -> u64 {
+        let mut medium = lock(&self.medium);
+        medium.full = full;
+        std::mem::take(&mut medium.refused)
+    }
+
+    /// What was written although it must not be, since the last call.
+    pub fn violations(&self) -> Vec<String> {
+        std::mem::take(&mut lock(&self.medium).violations)
+    }
+
     /// Everything on the disk as its machine sees it.
     pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
         lock(&self.names)
@@ -155,7 +215,8 @@ impl Disk for SimDisk {
             (None, OpenMode::CreateNew) => Arc::clone(names.live.entry(path.to_owned()).or_default()),
             (None, _) => return Err(io::ErrorKind::NotFound.into()),
         };
-        Ok(Arc::new(SimFile(content)))
+        let medium = Arc::clone(&self.medium);
+        Ok(Arc::new(SimFile { content, medium, chunk: chunk_of(path) }))
     }
 
     fn create_dir_all(&self, _path: &Path) -> io::Result<()> {
@@ -180,10 +241,16 @@ impl Disk for SimDisk {
         let mut names = lock(&self.names);
         let content = names.live.remove(from).ok_or(io::ErrorKind::NotFound)?;
         names.live.insert(to.to_owned(), content);
+        if let Some(chunk) = chunk_of(to) {
+            lock(&self.medium).epochs.remove(&chunk);
+        }
         Ok(())
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
+        if let Some(chunk) = chunk_of(path) {
+            lock(&self.medium).epochs.remove(&chunk);
+        }
         lock(&self.names).live.remove(path).map(|_| ()).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
@@ -202,17 +269,39 @@ impl Disk for SimDisk {
 
     fn space(&self, _path: &Path) -> io::Result<Space> {
         let used: u64 = lock(&self.names).live.values().map(|content| lock(content).live.len() as u64).sum();
-        Ok(Space { total_bytes: CAPACITY, free_bytes: CAPACITY.saturating_sub(used) })
+        let free = if lock(&self.medium).full { 0 } else { CAPACITY.saturating_sub(used) };
+        Ok(Space { total_bytes: CAPACITY, free_bytes: free })
+    }
+
+    fn lag(&self) -> Duration {
+        lock(&self.medium).lag
     }
 }
 
-struct SimFile(Shared);
+struct SimFile {
+    content: Shared,
+    medium: Arc<Mutex<Medium>>,
+    chunk: Option<ChunkId>,
+}
 
 impl SimFile {
-    fn change(&self, change: Change) {
-        let mut content = lock(&self.0);
+    fn change(&self, change: Change) -> io::Result<()> {
+        let mut content = lock(&self.content);
+        let mut medium = lock(&self.medium);
+        let end = match &change {
+            Change::Write { offset, bytes } => offset + bytes.len(),
+            Change::SetLen(length) => *length,
+        };
+        if medium.full && end > content.live.len() {
+            medium.refused += 1;
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        if let (Some(chunk), Change::Write { offset, bytes }) = (self.chunk, &change) {
+            medium.written(chunk, bytes, *offset);
+        }
         apply(&mut content.live, &change);
         content.pending.push(change);
+        Ok(())
     }
 }
 
@@ -222,7 +311,7 @@ fn position(offset: u64) -> io::Result<usize> {
 
 impl DiskFile for SimFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let content = lock(&self.0);
+        let content = lock(&self.content);
         let start = position(offset)?.min(content.live.len());
         let length = buffer.len().min(content.live.len() - start);
         buffer[..length].copy_from_slice(&content.live[start..start + length]);
@@ -230,8 +319,7 @@ impl DiskFile for SimFile {
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.change(Change::Write { offset: position(offset)?, bytes: bytes.to_vec() });
-        Ok(())
+        self.change(Change::Write { offset: position(offset)?, bytes: bytes.to_vec() })
     }
 
     fn write_vectored_at(&self, parts: &[io::IoSlice<'_>], offset: u64) -> io::Result<()> {
@@ -240,16 +328,15 @@ impl DiskFile for SimFile {
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(lock(&self.0).live.len() as u64)
+        Ok(lock(&self.content).live.len() as u64)
     }
 
     fn set_len(&self, length: u64) -> io::Result<()> {
-        self.change(Change::SetLen(position(length)?));
-        Ok(())
+        self.change(Change::SetLen(position(length)?))
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        let mut content = lock(&self.0);
+        let mut content = lock(&self.content);
         let Content { durable, pending, .. } = &mut *content;
         for change in pending.drain(..) {
             apply(durable, &change);

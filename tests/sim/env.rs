@@ -3,18 +3,45 @@
 use crate::disk::SimDisk;
 use async_trait::async_trait;
 use dfs_env::{Clock, Env, Listener, Net, Stream};
-use rand::{Rng, SeedableRng, rngs::SmallRng};
+use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
 use std::io;
 use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 use turmoil::net::{TcpListener, TcpStream};
 
+/// How far the clocks of one machine are from those of the others.
+#[derive(Default)]
+pub struct Clocks {
+    /// Milliseconds that the wall clock is ahead of the world's, or behind.
+    wall_ms: AtomicI64,
+    /// How long the machine had been up when the world began.
+    up: Duration,
+}
+
+impl Clocks {
+    /// Clocks that are off by what the seed says: up to ten seconds, and up to ten days of uptime.
+    pub fn new(seed: u64) -> Arc<Self> {
+        let mut random = SmallRng::seed_from_u64(seed ^ CLOCKS);
+        let wall_ms = AtomicI64::new(random.random_range(-10_000..10_000));
+        Arc::new(Self { wall_ms, up: Duration::from_secs(random.random_range(0..864_000)) })
+    }
+
+    /// Somebody sets the wall clock: it jumps, back too.
+    pub fn jump(&self, by_ms: i64) {
+        self.wall_ms.fetch_add(by_ms, Ordering::Relaxed);
+    }
+}
+
+/// What draws of clocks begin from, so that they are none that a machine makes itself.
+const CLOCKS: u64 = 0xc10c;
+
 /// The environment of one simulated machine.
-pub fn env(disk: &SimDisk, seed: u64) -> Env {
+pub fn env(disk: &SimDisk, clocks: &Arc<Clocks>, seed: u64) -> Env {
     let random = Mutex::new(SmallRng::seed_from_u64(seed));
     Env {
-        clock: Arc::new(SimClock),
+        clock: Arc::new(SimClock(Arc::clone(clocks))),
         disk: Arc::new(disk.clone()),
         net: Arc::new(SimNet),
         random: Arc::new(move || random.lock().expect("one thread").next_u64()),
@@ -22,16 +49,20 @@ pub fn env(disk: &SimDisk, seed: u64) -> Env {
     }
 }
 
-struct SimClock;
+struct SimClock(Arc<Clocks>);
 
 // When a world has ended its machines are dropped, and what they drop may still ask for the time: then there is none.
 impl Clock for SimClock {
     fn system(&self) -> SystemTime {
-        SystemTime::UNIX_EPOCH + turmoil::since_epoch().unwrap_or_default()
+        let world = SystemTime::UNIX_EPOCH + turmoil::since_epoch().unwrap_or_default();
+        let wall_ms = self.0.wall_ms.load(Ordering::Relaxed);
+        let off = Duration::from_millis(wall_ms.unsigned_abs());
+        // When the world has ended, the time is 1970: there is nothing before that.
+        if wall_ms < 0 { world.checked_sub(off).unwrap_or(world) } else { world + off }
     }
 
     fn boot(&self) -> Duration {
-        turmoil::sim_elapsed().unwrap_or_default()
+        self.0.up + turmoil::sim_elapsed().unwrap_or_default()
     }
 }
 

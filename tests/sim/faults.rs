@@ -1,11 +1,14 @@
 //! What goes wrong, when, and proof that it did: a fault that never fired fails the run.
 
-use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
+use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng, seq::SliceRandom};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// A client stands still for longer than the short sessions live.
 const STALL: Duration = Duration::from_secs(6);
+
+/// A frozen server is at least so long frozen.
+const FROZEN: Duration = Duration::from_millis(2_200);
 
 /// Something bad that happens to the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,6 +28,22 @@ pub enum Fault {
     /// Whatever a client says or is told stands still for a while and comes then, however old: a frozen machine, as the others
     /// see it.
     Stall { client: String, others: Vec<String>, pause: Duration },
+    /// The same of a server: everything that was sent to it arrives late, and all at once.
+    Freeze { host: String, others: Vec<String>, pause: Duration },
+    /// One machine does not hear another, which hears it.
+    OneWay { from: String, to: String, pause: Duration },
+    /// Every call of a machine's disk takes long.
+    Slow { host: String, pause: Duration },
+    /// A chunk daemon's disk is full.
+    Full { host: String, pause: Duration },
+    /// Every fsync of a master's log fails: it must stop by itself, and starts again after the pause.
+    LogFails { host: String, pause: Duration },
+    /// A master stops, and its newest snapshot and its state are gone when it starts again.
+    RotSnapshot { host: String, pause: Duration },
+    /// The power of all masters and chunk daemons goes at once; all forget what was not synced.
+    PowerCut { pause: Duration },
+    /// A machine's wall clock is set, forward or back.
+    ClockJump { host: String, by_ms: i64 },
 }
 
 impl Fault {
@@ -39,6 +58,16 @@ impl Fault {
             Self::Loss { .. } => Kind::Loss,
             Self::Failover { .. } => Kind::Failover,
             Self::Stall { .. } => Kind::Stall,
+            Self::Freeze { host, .. } if host.starts_with("master") => Kind::FreezeMaster,
+            Self::Freeze { .. } => Kind::FreezeChunkd,
+            Self::OneWay { .. } => Kind::OneWay,
+            Self::Slow { host, .. } if host.starts_with("master") => Kind::SlowMaster,
+            Self::Slow { .. } => Kind::SlowChunkd,
+            Self::Full { .. } => Kind::Full,
+            Self::LogFails { .. } => Kind::LogFails,
+            Self::RotSnapshot { .. } => Kind::RotSnapshot,
+            Self::PowerCut { .. } => Kind::PowerCut,
+            Self::ClockJump { .. } => Kind::ClockJump,
         };
         kind.name()
     }
@@ -46,13 +75,20 @@ impl Fault {
     /// How long it lasts.
     pub fn pause(&self) -> Duration {
         match self {
-            Self::Rot { .. } => Duration::ZERO,
+            Self::Rot { .. } | Self::ClockJump { .. } => Duration::ZERO,
             Self::Crash { pause, .. }
             | Self::Wipe { pause, .. }
             | Self::Partition { pause, .. }
             | Self::Loss { pause, .. }
             | Self::Failover { pause, .. }
-            | Self::Stall { pause, .. } => *pause,
+            | Self::Stall { pause, .. }
+            | Self::Freeze { pause, .. }
+            | Self::OneWay { pause, .. }
+            | Self::Slow { pause, .. }
+            | Self::Full { pause, .. }
+            | Self::LogFails { pause, .. }
+            | Self::RotSnapshot { pause, .. }
+            | Self::PowerCut { pause } => *pause,
         }
     }
 }
@@ -68,6 +104,41 @@ enum Kind {
     Loss,
     Failover,
     Stall,
+    FreezeMaster,
+    FreezeChunkd,
+    OneWay,
+    SlowMaster,
+    SlowChunkd,
+    Full,
+    LogFails,
+    RotSnapshot,
+    PowerCut,
+    ClockJump,
+}
+
+/// What befalls two clients with a directory each.
+const EVERYTHING: [Kind; 16] = [
+    Kind::CrashMaster,
+    Kind::CrashChunkd,
+    Kind::Wipe,
+    Kind::Rot,
+    Kind::Partition,
+    Kind::Loss,
+    Kind::FreezeMaster,
+    Kind::FreezeChunkd,
+    Kind::OneWay,
+    Kind::SlowMaster,
+    Kind::SlowChunkd,
+    Kind::Full,
+    Kind::LogFails,
+    Kind::RotSnapshot,
+    Kind::PowerCut,
+    Kind::ClockJump,
+];
+
+/// The names of all faults that must have fired when many seeds have run.
+pub fn everything() -> impl Iterator<Item = &'static str> {
+    EVERYTHING.into_iter().map(Kind::name)
 }
 
 impl Kind {
@@ -82,6 +153,16 @@ impl Kind {
             Self::Loss => "message loss",
             Self::Failover => "failover behind a client's back",
             Self::Stall => "stall of a client",
+            Self::FreezeMaster => "freeze of a master",
+            Self::FreezeChunkd => "freeze of a chunk daemon",
+            Self::OneWay => "one-way partition",
+            Self::SlowMaster => "slow log of a master",
+            Self::SlowChunkd => "slow disk",
+            Self::Full => "full disk",
+            Self::LogFails => "failing fsync of a log",
+            Self::RotSnapshot => "loss of a snapshot",
+            Self::PowerCut => "power cut",
+            Self::ClockJump => "clock jump",
         }
     }
 }
@@ -97,8 +178,10 @@ pub struct Plan {
     turn: usize,
     /// The longest pause, in milliseconds.
     longest: u64,
+    /// The least and the longest time between two faults, in milliseconds.
+    quiet: (u64, u64),
     clients_first: bool,
-    kinds: &'static [Kind],
+    kinds: Vec<Kind>,
     /// The one machine that may lose its disk, and the one whose disk rots: of three replicas one stays good.
     wiped: Option<String>,
     rotting: String,
@@ -109,13 +192,10 @@ impl Plan {
     pub fn new(seed: u64, masters: &[String], chunkds: &[String], clients: &[String]) -> Self {
         let (masters, chunkds, clients) = (masters.to_vec(), chunkds.to_vec(), clients.to_vec());
         let next = Duration::from_secs(3);
-        // Each kind takes its time: every second seed has the other half.
-        let kinds: &[Kind] = if seed.is_multiple_of(2) {
-            &[Kind::CrashMaster, Kind::CrashChunkd, Kind::Partition, Kind::Loss]
-        } else {
-            &[Kind::Wipe, Kind::Rot, Kind::CrashMaster, Kind::CrashChunkd]
-        };
         let mut random = SmallRng::seed_from_u64(seed);
+        // Each kind takes its time: a seed has some of them.
+        let mut kinds = EVERYTHING.to_vec();
+        kinds.shuffle(&mut random);
         let first = random.random_range(0..chunkds.len());
         let wiped = Some(chunkds[first].clone());
         let rotting = chunkds[(first + 1) % chunkds.len()].clone();
@@ -127,6 +207,7 @@ impl Plan {
             next,
             turn: 0,
             longest: 3_000,
+            quiet: (300, 2_000),
             clients_first: false,
             kinds,
             wiped,
@@ -137,14 +218,27 @@ impl Plan {
 
     /// Faults of clients at work together: some last longer than a session lives, and clients are cut off more often.
     pub fn among(seed: u64, masters: &[String], chunkds: &[String], clients: &[String]) -> Self {
-        let kinds =
-            &[Kind::CrashMaster, Kind::CrashChunkd, Kind::Partition, Kind::Loss, Kind::Failover, Kind::Stall];
-        Self { longest: 9_000, clients_first: true, kinds, ..Self::new(seed, masters, chunkds, clients) }
+        let kinds = vec![
+            Kind::CrashMaster,
+            Kind::CrashChunkd,
+            Kind::Partition,
+            Kind::Loss,
+            Kind::Failover,
+            Kind::Stall,
+        ];
+        let quiet = (1_000, 5_000);
+        Self {
+            longest: 9_000,
+            quiet,
+            clients_first: true,
+            kinds,
+            ..Self::new(seed, masters, chunkds, clients)
+        }
     }
 
     /// Nothing but failovers behind a client's back.
     pub fn failovers(seed: u64, masters: &[String], chunkds: &[String], clients: &[String]) -> Self {
-        Self { kinds: &[Kind::Failover], ..Self::among(seed, masters, chunkds, clients) }
+        Self { kinds: vec![Kind::Failover], ..Self::among(seed, masters, chunkds, clients) }
     }
 
     /// The fault that begins now, if one does.
@@ -153,13 +247,19 @@ impl Plan {
             return None;
         }
         let pause = Duration::from_millis(self.random.random_range(200..self.longest));
-        self.next = now + pause + Duration::from_millis(self.random.random_range(1_000..5_000));
+        self.next = now + pause + Duration::from_millis(self.random.random_range(self.quiet.0..self.quiet.1));
         // Kinds take turns from a random start, so that a short run has them all.
         if self.turn == 0 {
             self.turn = self.random.random_range(0..self.kinds.len());
         }
         self.turn += 1;
-        let fault = match self.kinds[self.turn % self.kinds.len()] {
+        let fault = self.make(self.kinds[self.turn % self.kinds.len()], pause);
+        *self.fired.entry(fault.kind()).or_default() += 1;
+        Some(fault)
+    }
+
+    fn make(&mut self, kind: Kind, pause: Duration) -> Fault {
+        match kind {
             Kind::CrashMaster => Fault::Crash { host: Self::one(&mut self.random, &self.masters), pause },
             Kind::CrashChunkd => Fault::Crash { host: Self::one(&mut self.random, &self.chunkds), pause },
             Kind::Wipe => match self.wiped.take() {
@@ -186,9 +286,35 @@ impl Plan {
                 let (a, b) = self.pair();
                 Fault::Loss { a, b, pause }
             }
-        };
-        *self.fired.entry(fault.kind()).or_default() += 1;
-        Some(fault)
+            Kind::FreezeMaster => self.freeze(true, pause),
+            Kind::FreezeChunkd => self.freeze(false, pause),
+            Kind::OneWay => {
+                let (from, to) = self.pair();
+                Fault::OneWay { from, to, pause }
+            }
+            Kind::SlowMaster => Fault::Slow { host: Self::one(&mut self.random, &self.masters), pause },
+            Kind::SlowChunkd => Fault::Slow { host: Self::one(&mut self.random, &self.chunkds), pause },
+            Kind::Full => Fault::Full { host: Self::one(&mut self.random, &self.chunkds), pause },
+            Kind::LogFails => Fault::LogFails { host: Self::one(&mut self.random, &self.masters), pause },
+            Kind::RotSnapshot => {
+                Fault::RotSnapshot { host: Self::one(&mut self.random, &self.masters), pause }
+            }
+            Kind::PowerCut => Fault::PowerCut { pause },
+            Kind::ClockJump => {
+                let everybody: Vec<String> =
+                    [&self.masters, &self.chunkds, &self.clients].into_iter().flatten().cloned().collect();
+                let by_ms = self.random.random_range(-120_000..120_000);
+                Fault::ClockJump { host: Self::one(&mut self.random, &everybody), by_ms }
+            }
+        }
+    }
+
+    fn freeze(&mut self, master: bool, pause: Duration) -> Fault {
+        let host = Self::one(&mut self.random, if master { &self.masters } else { &self.chunkds });
+        let everybody = self.masters.iter().chain(&self.chunkds).chain(&self.clients);
+        let others = everybody.filter(|other| **other != host).cloned().collect();
+        // Longer than a client waits for an append.
+        Fault::Freeze { host, others, pause: pause + FROZEN }
     }
 
     fn one(random: &mut SmallRng, hosts: &[String]) -> String {
@@ -217,10 +343,5 @@ impl Plan {
     /// How often each kind of fault fired.
     pub fn fired(&self) -> &BTreeMap<&'static str, u64> {
         &self.fired
-    }
-
-    /// The kinds that never did.
-    pub fn missing(&self) -> Vec<&'static str> {
-        self.kinds.iter().map(|kind| kind.name()).filter(|name| !self.fired.contains_key(name)).collect()
     }
 }

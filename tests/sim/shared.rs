@@ -3,13 +3,14 @@
 //! operation that fits nowhere.
 
 use crate::checkers::Watch;
+use crate::env::Clocks;
 use crate::faults::Plan;
 use crate::linear::{self, Event, Object};
 use crate::seeds::Report;
+use crate::strikes;
 use crate::workload::Violation;
-use crate::world::{self, Machine};
+use crate::world;
 use dfs_client::{Client, ClientConfig, OpenFile, OpenFlags, Privileges};
-use dfs_master::raft::SimStorage;
 use dfs_proto::v1::{Attr, Create, Cred, ErrorCode, Kind, SetAttr};
 use dfs_proto::{FsResult, InodeNo};
 use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
@@ -338,20 +339,17 @@ type Faults = fn(u64, &[String], &[String], &[String]) -> Plan;
 /// Runs one seed: three to five clients under faults, for half a minute.
 pub fn run(seed: u64, faults: Faults) -> Result<Report, Violation> {
     let mut sim = world::network(seed);
-    let storages: Vec<Arc<SimStorage>> = world::masters().iter().map(|_| SimStorage::new()).collect();
-    for (id, storage) in (1..).zip(&storages) {
-        let ttl = if loses_sessions(seed) { SHORT_TTL } else { LONG_TTL };
-        world::start_master(&mut sim, id, Arc::clone(storage), seed, ttl);
-    }
-    let machines: Vec<Machine> = world::start_chunkds(&mut sim, seed);
+    let mut cluster =
+        world::start_cluster(&mut sim, seed, if loses_sessions(seed) { SHORT_TTL } else { LONG_TTL });
     let histories = Arc::new(StdMutex::new(Histories::default()));
     let clients: Vec<String> = (1..=3 + seed % 3).map(|id| format!("client-{id}")).collect();
     for (id, host) in (1..).zip(&clients) {
-        start_client(&mut sim, id, host, clients.len() as u64, seed, Arc::clone(&histories));
+        let clocks = start_client(&mut sim, id, host, clients.len() as u64, seed, Arc::clone(&histories));
+        cluster.clients.push((host.clone(), clocks));
     }
-    let mut plan = faults(seed, &world::masters(), &world::hosts(&machines), &clients);
-    let mut watch = Watch::new(storages, world::disks(&machines));
-    world::drive(&mut sim, &mut plan, &machines, &mut watch, seed)?;
+    let mut plan = faults(seed, &world::masters(), &cluster.chunkds(), &clients);
+    let mut watch = Watch::new(cluster.storages(), cluster.disks());
+    strikes::drive(&mut sim, &mut plan, &cluster, &mut watch, seed)?;
     let histories = histories.lock().expect("one thread");
     linear::check(histories.dir.clone()).map_err(|why| format!("the directory's history: {why}"))?;
     for (which, history) in histories.files.iter().enumerate() {
@@ -374,8 +372,8 @@ fn start_client(
     clients: u64,
     seed: u64,
     histories: Arc<StdMutex<Histories>>,
-) {
-    let env = world::client_env(id, seed);
+) -> Arc<Clocks> {
+    let (env, clocks) = world::client_env(id, seed);
     let name = host.to_owned();
     sim.client(host, async move {
         let config = ClientConfig {
@@ -415,6 +413,7 @@ fn start_client(
         tokio::time::sleep(Duration::from_secs(3)).await;
         Ok(())
     });
+    clocks
 }
 
 async fn work(mut worker: Worker) {

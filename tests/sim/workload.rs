@@ -218,8 +218,28 @@ async fn verify_file(
             content.len()
         ));
     }
+    let seen = read_inode(client, cred, *number).await?;
+    match seen.iter().zip(content).position(|(a, b)| a != b) {
+        None if seen.len() == content.len() => Ok(()),
+        None => Err(format!("{name}: {} bytes read, {} expected", seen.len(), content.len())),
+        Some(at) => Err(format!("{name}: byte {at} of {} differs", content.len())),
+    }
+}
+
+/// All bytes of a file of a directory.
+pub async fn read_whole(
+    client: &Client,
+    cred: &Cred,
+    dir: InodeNo,
+    name: &str,
+) -> Result<Vec<u8>, Violation> {
+    let attr = during("lookup", client.lookup(cred, dir, name.as_bytes()).await)?;
+    read_inode(client, cred, ino(&attr)).await
+}
+
+async fn read_inode(client: &Client, cred: &Cred, file: InodeNo) -> Result<Vec<u8>, Violation> {
     let flags = OpenFlags { read: true, ..OpenFlags::default() };
-    let file = during("open", client.open(cred, ino(&attr), flags).await)?;
+    let file = during("open", client.open(cred, file, flags).await)?;
     let mut seen = Vec::new();
     loop {
         let part = during("read", client.read(&file, seen.len() as u64, 64 << 10).await)?;
@@ -229,20 +249,14 @@ async fn verify_file(
         seen.extend_from_slice(&part);
     }
     during("release", client.release(file).await)?;
-    match seen.iter().zip(content).position(|(a, b)| a != b) {
-        None if seen.len() == content.len() => Ok(()),
-        None => Err(format!("{name}: {} bytes read, {} expected", seen.len(), content.len())),
-        Some(at) => Err(format!("{name}: byte {at} of {} differs", content.len())),
-    }
+    Ok(seen)
 }
 
-/// Checks that `client` sees exactly what the model of directory `name` says: every name once, every byte.
-pub async fn verify_dir(client: &Client, name: &str, model: &Model) -> Result<(), Violation> {
-    let cred = Cred::default();
-    let dir = during("lookup", client.lookup(&cred, InodeNo::ROOT, name.as_bytes()).await)?;
+/// The names in a directory, sorted.
+pub async fn list(client: &Client, dir: InodeNo) -> Result<Vec<String>, Violation> {
     let (mut names, mut cookie) = (Vec::new(), 0);
     loop {
-        let page = during("readdir", client.read_dir(&cred, ino(&dir), cookie, 5, true).await)?;
+        let page = during("readdir", client.read_dir(&Cred::default(), dir, cookie, 5, true).await)?;
         names.extend(page.entries.iter().map(|entry| String::from_utf8_lossy(&entry.name).into_owned()));
         match page.entries.last() {
             Some(last) if !page.end => cookie = last.cookie,
@@ -250,6 +264,14 @@ pub async fn verify_dir(client: &Client, name: &str, model: &Model) -> Result<()
         }
     }
     names.sort();
+    Ok(names)
+}
+
+/// Checks that `client` sees exactly what the model of directory `name` says: every name once, every byte.
+pub async fn verify_dir(client: &Client, name: &str, model: &Model) -> Result<(), Violation> {
+    let cred = Cred::default();
+    let dir = during("lookup", client.lookup(&cred, InodeNo::ROOT, name.as_bytes()).await)?;
+    let names = list(client, ino(&dir)).await?;
     if !names.iter().eq(model.keys()) {
         return Err(format!("{name} lists {names:?}, expected {:?}", model.keys().collect::<Vec<_>>()));
     }

@@ -6,6 +6,7 @@ use super::format::{CHUNK_HEADER_AT, Entry, FILE_HEADER, FileHeader, Record, Rec
 use super::recovery;
 use crate::lock;
 use dfs_env::DiskFile;
+use dfs_env::defect::{self, Defect};
 use dfs_proto::error::ErrorCode;
 use dfs_proto::{ByteLen, ByteOffset, Epoch, FsResult, InodeNo};
 use std::io::IoSlice;
@@ -46,6 +47,11 @@ impl Chunk {
             now.epoch = epoch;
         }
         self.sync()?;
+        if defect::has(Defect::CutEarly) {
+            let (file, needed) = (self.open(&state)?, state.synced);
+            state = self.snapshot();
+            self.cut(&mut state, &*file, epoch, needed)?;
+        }
         Ok(self.settled())
     }
 

@@ -6,6 +6,7 @@ use super::chunk::{
 use super::core::Core;
 use super::inode::Record;
 use super::{Action, Policy};
+use dfs_env::defect::{self, Defect};
 use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::ALLOC_CHUNKS_MAX;
 use dfs_proto::v1::{self, ChunkAccess};
@@ -216,6 +217,9 @@ impl Core {
         if self.sync_wanted.is_empty() {
             return;
         }
+        if defect::has(Defect::CommittedUnsynced) {
+            return self.sync_wanted.clear();
+        }
         let mut appends: HashMap<u64, usize> = HashMap::new();
         for (at, action) in self.actions.iter().enumerate() {
             if let Action::Append { request, .. } = action {
@@ -299,7 +303,8 @@ impl Core {
         let before = chunk.synced;
         // A daemon that claims more than was sent is not believed.
         let acked = reply.length.max(reply.synced).min(chunk.end).max(chunk.acked);
-        let synced = reply.synced.min(chunk.end).max(before);
+        let on_disk = if defect::has(Defect::CommittedUnsynced) { acked } else { reply.synced };
+        let synced = on_disk.min(chunk.end).max(before);
         if acked > chunk.acked || synced > before {
             chunk.progress_at = now;
             match self.heard.get_mut(chunk.address()) {

@@ -29,6 +29,7 @@ mod recover;
 mod restore;
 mod service;
 mod sim;
+mod sim_kv;
 mod sled_kv;
 mod snapshot;
 mod store;
@@ -42,7 +43,7 @@ pub use members::ChangeError;
 pub use node::Node;
 pub use restore::{Restore, Restored};
 pub use service::RaftService;
-pub use sim::SimStorage;
+pub use sim::{Crashed, SimStorage};
 
 use dfs_proto::token::ClusterKey;
 use std::collections::BTreeMap;

@@ -5,8 +5,8 @@
 
 use super::codec::AppliedRow;
 use super::disk_log::{Flushed, StoredId, StoredPayload};
+use super::sim_kv::{Left, SimKv};
 use super::types::{LogId, Vote};
-use crate::state::MemKv;
 use bytes::Bytes;
 use raft_log::Callback;
 use std::collections::BTreeMap;
@@ -17,11 +17,11 @@ use std::time::Duration;
 /// The storage of one simulated master. Keep it outside of the master, and start the master on it again after a crash.
 #[derive(Default)]
 pub struct SimStorage {
-    pub(super) kv: MemKv,
+    pub(super) kv: SimKv,
     pub(super) snapshots: Mutex<Vec<(AppliedRow, Bytes)>>,
     log: Mutex<Log>,
     /// How long a sync takes.
-    sync: Duration,
+    sync: Mutex<Duration>,
     failing: std::sync::atomic::AtomicBool,
     owner: Mutex<Option<(String, u64)>>,
     pub(super) joining: std::sync::atomic::AtomicBool,
@@ -46,7 +46,72 @@ impl SimStorage {
     /// Empty storage whose syncs take this long.
     #[must_use]
     pub fn with_sync_time(sync: Duration) -> Arc<Self> {
-        Arc::new(Self { sync, ..Self::default() })
+        Arc::new(Self { sync: Mutex::new(sync), ..Self::default() })
+    }
+
+    /// From now on a sync takes this long.
+    pub fn set_sync_time(&self, sync: Duration) {
+        *self.sync.lock().unwrap_or_else(PoisonError::into_inner) = sync;
+    }
+
+    /// The master's machine has stopped: of the log a random part of what was not synced is lost, of the state store what was
+    /// not flushed, or all of it. `draw` answers random numbers.
+    ///
+    /// # Errors
+    /// When the state cannot be read.
+    pub fn crash(&self, draw: &mut dyn FnMut() -> u64) -> io::Result<Crashed> {
+        let mut log = self.log();
+        let unsynced = log.entries.range(log.synced..).count() as u64;
+        let kept = draw() % (unsynced + 1);
+        let end = log.entries.range(log.synced..).nth(usize::try_from(kept).unwrap_or(usize::MAX));
+        if let Some(end) = end.map(|(index, _)| *index) {
+            log.entries.split_off(&end);
+        }
+        log.synced = log.entries.last_key_value().map_or(log.synced, |(last, _)| log.synced.max(last + 1));
+        drop(log);
+        let left = [Left::All, Left::Flushed, Left::Nothing][usize::try_from(draw() % 3).unwrap_or(0)];
+        self.kv.crash(left)?;
+        Ok(Crashed { entries_lost: unsynced - kept, state_lost: left != Left::All })
+    }
+
+    /// Flips a bit of the newest of two snapshots, and makes the state store unusable: a start must do without both. False: there
+    /// are not two.
+    ///
+    /// # Errors
+    /// When the state cannot be read.
+    pub fn rot_snapshot(&self, draw: &mut dyn FnMut() -> u64) -> io::Result<bool> {
+        let mut kept = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() < 2 {
+            return Ok(false);
+        }
+        let mut bytes = kept[0].1.to_vec();
+        let bit = usize::try_from(draw() % (bytes.len() as u64 * 8)).unwrap_or(0);
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        kept[0].1 = bytes.into();
+        drop(kept);
+        self.kv.crash(Left::Nothing)?;
+        Ok(true)
+    }
+
+    /// The last entry that is applied in the state.
+    ///
+    /// # Errors
+    /// When the state cannot be read.
+    pub fn applied(&self) -> io::Result<Option<u64>> {
+        let row = self.kv().get(&[crate::state::keys::tag::RAFT])?;
+        Ok(row.map(|row| AppliedRow::read(&row)).transpose()?.and_then(|row| row.last()).map(|id| id.index))
+    }
+
+    /// How many snapshots there are.
+    #[must_use]
+    pub fn snapshots_kept(&self) -> usize {
+        self.snapshots.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// The digest of the state after each entry that was applied since the last call: index and digest.
+    #[must_use]
+    pub fn take_digests(&self) -> Vec<(u64, u64)> {
+        self.kv.take_digests()
     }
 
     /// From now on every sync fails, as on a broken disk; or works again.
@@ -84,14 +149,22 @@ impl SimStorage {
     }
 
     async fn sync(&self) -> io::Result<()> {
-        if !self.sync.is_zero() {
-            tokio::time::sleep(self.sync).await;
+        let sync = *self.sync.lock().unwrap_or_else(PoisonError::into_inner);
+        if !sync.is_zero() {
+            tokio::time::sleep(sync).await;
         }
         if self.failing.load(std::sync::atomic::Ordering::SeqCst) {
             return Err(io::Error::other("the simulated disk does not sync"));
         }
         Ok(())
     }
+}
+
+/// What a crash took.
+#[derive(Clone, Copy, Debug)]
+pub struct Crashed {
+    pub entries_lost: u64,
+    pub state_lost: bool,
 }
 
 /// The log in [`SimStorage`]; the same calls as `DiskLog` has.

@@ -17,6 +17,7 @@ use super::sim::SimStorage;
 use super::sled_kv::sync_dir;
 use super::types::SnapshotMeta;
 use bytes::Bytes;
+use dfs_env::defect::{self, Defect};
 use dfs_proto::checksum::{crc32c, crc32c_append};
 use prost::Message;
 use std::fs;
@@ -478,7 +479,8 @@ impl Snapshots {
             }
             _ => return Err(io::Error::other("a draft of another kind of storage")),
         };
-        let older = self.list()?.get(1).and_then(|(meta, _)| meta.last_log_id).map(|id| id.index);
+        let barrier = if defect::has(Defect::PurgedEarly) { 0 } else { 1 };
+        let older = self.list()?.get(barrier).and_then(|(meta, _)| meta.last_log_id).map(|id| id.index);
         Ok(((row.snapshot_meta(), data), older))
     }
 

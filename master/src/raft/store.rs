@@ -13,6 +13,7 @@ use super::types::{
 use crate::state::kv::Each;
 use crate::state::{self, Kv, WriteSet, keys};
 use dfs_env::Env;
+use dfs_env::defect::{self, Defect};
 use dfs_proto::v1;
 use openraft::storage::RaftStateMachine;
 use openraft::{AnyError, EntryPayload, OptionalSend, RaftSnapshotBuilder, Snapshot};
@@ -353,7 +354,12 @@ impl SnapshotBuilder {
             let (back, more) = env
                 .blocking(move || {
                     let more = match from.exports.next(&*from.store, number, snapshot::BLOCK_BYTES)? {
-                        Piece::Rows(rows) => writer.block(&rows).map(|()| Some(true))?,
+                        Piece::Rows(mut rows) => {
+                            if defect::has(Defect::AnswersLost) {
+                                rows.retain(|(key, _)| key.first() != Some(&keys::tag::ANSWER));
+                            }
+                            writer.block(&rows).map(|()| Some(true))?
+                        }
                         Piece::End => Some(false),
                         Piece::Cancelled => None,
                     };

@@ -22,6 +22,42 @@ fn rows(storage: &SimStorage) -> Result<Rows, Violation> {
     Ok(rows)
 }
 
+/// The digests of the state at every index that a master has applied.
+#[derive(Default)]
+pub struct States {
+    seen: BTreeMap<u64, (usize, u64)>,
+    /// How often two were compared.
+    pub compared: u64,
+}
+
+impl States {
+    /// Compares what the masters have applied since the last call.
+    pub fn observe(&mut self, masters: &[Arc<SimStorage>]) -> Result<(), Violation> {
+        for (master, storage) in (1..).zip(masters) {
+            for (index, digest) in storage.take_digests() {
+                let Some((other, known)) = self.seen.insert(index, (master, digest)) else { continue };
+                self.compared += 1;
+                if known != digest {
+                    return Err(format!("I7: masters {other} and {master} differ after entry {index}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether some master has applied all that any has ever applied.
+    pub fn is_known(&self, masters: &[Arc<SimStorage>]) -> Result<bool, Violation> {
+        let last = self.seen.last_key_value().map_or(0, |(index, _)| *index);
+        for storage in masters {
+            let applied = storage.applied().map_err(|error| format!("I7: cannot read a state: {error}"))?;
+            if applied.unwrap_or(0) >= last {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
 /// Whether all masters have applied the same entries: their states say how far they are.
 pub fn alike(masters: &[Arc<SimStorage>]) -> Result<bool, Violation> {
     let mut applied = Vec::new();
