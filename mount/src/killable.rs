@@ -146,8 +146,11 @@ impl Registry {
         request: Arc<dyn Interrupt>,
     ) -> Option<Guard> {
         // Thread 0 is the kernel itself or another pid namespace: nobody to look up.
-        let patience = if thread == 0 && patience != Patience::AnySignal { Patience::Endless } else { patience };
-        if (patience == Patience::Endless && self.limit.is_none()) || thread == 0 && patience == Patience::AnySignal {
+        let patience =
+            if thread == 0 && patience != Patience::AnySignal { Patience::Endless } else { patience };
+        if (patience == Patience::Endless && self.limit.is_none())
+            || thread == 0 && patience == Patience::AnySignal
+        {
             return None;
         }
         let mut table = self.lock();
@@ -302,12 +305,8 @@ mod tests {
         let registry = Arc::new(Registry::new(Some(limit)));
         let (sender, answers) = mpsc::channel();
         let slots: Vec<_> = (0..4).map(|_| Slot::new(sender.clone())).collect();
-        let asked = [
-            (7, Patience::Killed),
-            (0, Patience::Killed),
-            (7, Patience::Endless),
-            (7, Patience::AnySignal),
-        ];
+        let asked =
+            [(7, Patience::Killed), (0, Patience::Killed), (7, Patience::Endless), (7, Patience::AnySignal)];
         let guards: Vec<_> = (0..)
             .zip(&slots)
             .zip(asked)

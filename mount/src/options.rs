@@ -107,7 +107,8 @@ impl Options {
                     .to_owned());
             }
             "remount" => return Err("option 'remount' is not supported: unmount and mount again".to_owned()),
-            "subdir" | "masters" | "config" | "write_memory" | "read_cache" | "timeout" | "operation_timeout" => {
+            "subdir" | "masters" | "config" | "write_memory" | "read_cache" | "timeout"
+            | "operation_timeout" => {
                 return Err(format!("option '{option}' needs a value ({option}=…)"));
             }
             ignored if IGNORED.contains(&ignored) => {}
@@ -138,9 +139,11 @@ impl Options {
             }
             "read_cache" => self.read_cache = Some(bytes()?),
             "timeout" | "operation_timeout" => {
-                let seconds = value.strip_suffix('s').unwrap_or(value).parse::<u64>().map_err(|_| {
-                    format!("option '{key}': '{value}' is not a number of seconds")
-                })?;
+                let seconds = value
+                    .strip_suffix('s')
+                    .unwrap_or(value)
+                    .parse::<u64>()
+                    .map_err(|_| format!("option '{key}': '{value}' is not a number of seconds"))?;
                 self.operation_timeout = Some((seconds != 0).then(|| Duration::from_secs(seconds)));
                 self.soft &= seconds != 0;
             }

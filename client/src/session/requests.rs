@@ -469,7 +469,12 @@ impl State {
 
     /// Those whose time is up. One that was sent may still be carried out; the master will not be asked again. Who waits for
     /// a lock may do so for as long as its holder likes, but no longer than `silence` for a master.
-    pub fn overdue(&mut self, now: Instant, silence: Option<Duration>, bound: impl Fn() -> String) -> Outcome {
+    pub fn overdue(
+        &mut self,
+        now: Instant,
+        silence: Option<Duration>,
+        bound: impl Fn() -> String,
+    ) -> Outcome {
         let deaf_since = |since: Instant| self.silent_since().map(|silent| since.max(silent));
         let late: Vec<u64> = self
             .pending

@@ -162,7 +162,13 @@ pub fn not_here() -> Status {
 
 impl AdminService {
     /// Whoever orders something shows that he has the cluster key, now.
-    pub(super) fn check_proof(&self, what: &str, number: u64, now_ms: u64, proof: &[u8]) -> Result<(), Status> {
+    pub(super) fn check_proof(
+        &self,
+        what: &str,
+        number: u64,
+        now_ms: u64,
+        proof: &[u8],
+    ) -> Result<(), Status> {
         self.judge_proof(what, number, now_ms, proof).inspect_err(|status| {
             static REFUSED: Seldom = Seldom::new();
             if let Some(unsaid) = REFUSED.now() {
