@@ -6,6 +6,7 @@ use dfs_proto::PROTOCOL_VERSION;
 use dfs_proto::token::ClusterKey;
 use dfs_proto::v1;
 use prost::Message;
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,6 +23,8 @@ pub struct Auth {
     pub cluster: String,
     pub key: ClusterKey,
     pub group: Arc<Group>,
+    /// Where its own settings say that the others are; they overrule the replicated membership.
+    pub addresses: Arc<BTreeMap<u64, String>>,
 }
 
 /// Which history this master's Raft group has: the one it was formed with, or that of a restore or a recovery. A master of
@@ -41,6 +44,11 @@ impl Group {
 
     fn number(&self) -> u64 {
         self.number.load(Ordering::Acquire)
+    }
+
+    /// From here on this master has a history: it takes that of nobody else any more.
+    pub fn begins(&self) {
+        *self.empty.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Hears of a group; the refusal if it is another one.
@@ -108,6 +116,9 @@ impl Auth {
             )));
         }
         self.group.check(envelope.group)?;
+        if matches!(envelope.body, Some(Body::Append(_) | Body::Snapshot(_))) {
+            self.group.begins();
+        }
         Ok(envelope)
     }
 
@@ -181,7 +192,7 @@ mod tests {
 
     fn auth(id: u64, key: &[u8]) -> Auth {
         let key = ClusterKey::new(key).unwrap();
-        Auth { id, cluster: key.cluster_id(), key, group: Arc::default() }
+        Auth { id, cluster: key.cluster_id(), key, group: Arc::default(), addresses: Arc::default() }
     }
 
     #[test]
@@ -189,7 +200,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         drop(crate::raft::identity::claim(dir.path(), "c", 2, false).unwrap());
         let of = |id, group| Auth { group: Arc::new(group), ..auth(id, b"0123456789abcdef") };
-        let probe = |from: &Auth, to: u64| from.seal(to, 7, Body::Probe(ProbeRow {}));
+        let probe = |from: &Auth, to: u64| from.seal(to, 7, Body::Probe(ProbeRow::default()));
         let restored = of(1, Group::new(5, PathBuf::new(), false));
         let old = of(2, Group::new(0, PathBuf::new(), false));
         for (from, to, at) in [(&restored, 2, &old), (&old, 1, &restored)] {
@@ -202,12 +213,17 @@ mod tests {
         assert!(new.open(probe(&of(3, Group::default()), 2)).is_err(), "it has a history now");
         let identity = std::fs::read_to_string(dir.path().join("IDENTITY")).unwrap();
         assert!(identity.contains("group = 5"), "{identity}");
+        // One that has heard entries of its own group has a history, although it was not restarted since.
+        let taken_in = of(3, Group::new(0, dir.path().to_owned(), true));
+        taken_in.open(probe(&old, 3)).unwrap();
+        taken_in.open(old.seal(3, 8, Body::Append(crate::raft::codec::AppendRow::default()))).unwrap();
+        assert!(taken_in.open(probe(&restored, 3)).is_err());
     }
 
     #[test]
     fn only_a_master_of_the_cluster_is_heard() {
         let (one, two) = (auth(1, b"0123456789abcdef"), auth(2, b"0123456789abcdef"));
-        let message = one.seal(2, 7, Body::Probe(ProbeRow {}));
+        let message = one.seal(2, 7, Body::Probe(ProbeRow::default()));
         let envelope = two.open(message.clone()).unwrap();
         assert_eq!((envelope.from, envelope.call), (1, 7));
         assert!(one.open(message.clone()).unwrap_err().message().contains("this is master 1"));

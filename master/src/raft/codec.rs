@@ -88,7 +88,7 @@ pub struct Envelope {
     #[prost(oneof = "Body", tags = "4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16")]
     pub body: Option<Body>,
     /// Which restore or recovery began the sender's group; 0: none.
-    #[prost(uint64, tag = "13")]
+    #[prost(uint64, tag = "20")]
     pub group: u64,
 }
 
@@ -186,7 +186,11 @@ pub struct InstalledRow {
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct ProbeRow {}
+pub struct ProbeRow {
+    /// A master whose address by the other's settings is asked for; 0: none.
+    #[prost(uint64, tag = "1")]
+    pub about: u64,
+}
 
 #[derive(Clone, PartialEq, Message)]
 pub struct ProbedRow {
@@ -198,6 +202,9 @@ pub struct ProbedRow {
     /// It has not caught up and does not vote yet.
     #[prost(bool, tag = "3")]
     pub joining: bool,
+    /// Where it looks for the master that was asked about, by its own settings; empty: where the group says.
+    #[prost(string, tag = "4")]
+    pub looks_at: String,
 }
 
 /// The vote of the leader that hands over.

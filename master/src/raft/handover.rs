@@ -38,6 +38,8 @@ const NOTE_TIME: Duration = Duration::from_millis(500);
 /// # Errors
 /// When Raft has stopped.
 pub async fn expect(raft: &Raft, vote: Vote) -> Result<(), Fatal<u64>> {
+    // Nobody becomes a leader by this: it is a vote that was asked for, not one that was won.
+    let vote = Vote { committed: false, ..vote };
     // Of all messages only a snapshot's vote is noted whether there is a leader or not; one that holds nothing is older
     // than what is here, and is not installed.
     let nothing = Snapshot { meta: SnapshotMeta::default(), snapshot: Box::new(SnapshotData::empty()) };
@@ -80,11 +82,12 @@ impl Node {
     /// # Errors
     /// One line that says why it still leads, or that the lead was given up and the next leader is not known yet.
     pub async fn hand_over(&self, for_good: bool) -> Result<Option<String>, String> {
-        let _alone = self.changing.lock().await;
+        let deadline = Instant::now() + Duration::from_millis(limits::HAND_OVER_MS);
+        let alone = timeout_at(deadline, self.changing.lock()).await;
+        let _alone = alone.map_err(|_| "the group of masters is being changed")?;
         if !self.leadership().borrow().leading || self.voters().len() == 1 {
             return Ok(None);
         }
-        let deadline = Instant::now() + Duration::from_millis(limits::HAND_OVER_MS);
         let (to, address) = self.successor().await.ok_or("no other master that votes is up to date")?;
         let mut metrics = self.raft.metrics();
         let reached = |upto: Option<u64>, metrics: &super::types::Metrics| {
@@ -97,7 +100,7 @@ impl Node {
         timeout_at(deadline, caught_up).await.map_err(|_| late())?.map_err(|_| "Raft has stopped")?;
         self.lead.leave();
         let mut stay = Stay(self, true);
-        // What was proposed before is still answered here.
+        // What was proposed before goes along; whoever waits for it asks again and hears of it from the next leader.
         let all = metrics.wait_for(|now| {
             reached(now.last_log_index, now) && now.last_applied.map(|id| id.index) >= now.last_log_index
         });
@@ -120,7 +123,7 @@ impl Node {
         let status = self.status();
         let others = status.members.iter().filter(|member| member.voter && member.id != self.id);
         let asked = join_all(others.map(|member| async move {
-            let answer = self.probe(member.id, &member.address).await.ok()?;
+            let answer = self.probe(member.id, &member.address, 0).await.ok()?;
             (!answer.joining).then_some(member)
         }));
         let best = asked.await.into_iter().flatten().max_by_key(|member| member.matched)?;
@@ -129,6 +132,9 @@ impl Node {
 
     async fn give_up_lead(&self, to: u64, address: &str) -> Result<(), String> {
         let seen = self.raft.server_metrics().borrow().clone();
+        if seen.vote.leader_id().node_id != self.id || !seen.vote.is_committed() {
+            return Err("this master does not lead any more".to_owned());
+        }
         let next = Vote::new(seen.vote.leader_id().term + 1, to);
         let membership = seen.membership_config.membership();
         let voters: Vec<u64> =

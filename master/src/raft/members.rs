@@ -61,6 +61,11 @@ fn most(of: &BTreeSet<u64>, alive: &BTreeSet<u64>) -> bool {
     of.intersection(alive).count() > of.len() / 2
 }
 
+/// Whether a master has most of a log that ends with `last`.
+fn lacks_little(member: &Member, last: u64) -> bool {
+    member.matched > 0 && member.matched + limits::LEARNER_LAG_ENTRIES >= last
+}
+
 impl Group {
     fn of(membership: &Membership, address: impl Fn(u64, &str) -> String) -> Self {
         Self {
@@ -106,8 +111,14 @@ impl Group {
         }
     }
 
-    /// How a master is removed while those that are `alive` are. `None`: it is not there.
-    fn remove(&self, id: u64, alive: &BTreeSet<u64>) -> Result<Option<Step>, String> {
+    /// How a master is removed while those that are `alive` are, of which some lack little of the log: who is far behind
+    /// cannot make up for the one that goes. `None`: it is not there.
+    fn remove(
+        &self,
+        id: u64,
+        alive: &BTreeSet<u64>,
+        current: &BTreeSet<u64>,
+    ) -> Result<Option<Step>, String> {
         if !self.nodes.contains_key(&id) {
             return Ok(None);
         }
@@ -119,10 +130,10 @@ impl Group {
         if left.is_empty() {
             return Err(format!("master {id} is the only one that votes"));
         }
-        if !most(&left, alive) || !most(&voters, alive) {
-            let (up, of) = (left.intersection(alive).count(), left.len());
+        if !most(&left, current) || !most(&voters, alive) {
+            let (up, of) = (left.intersection(current).count(), left.len());
             return Err(format!(
-                "without master {id} there is no majority: {up} of the other {of} answer, {} must",
+                "without master {id} there is no majority: {up} of the other {of} answer and are up to date, {} must",
                 of / 2 + 1
             ));
         }
@@ -133,9 +144,7 @@ impl Group {
     fn ready(&self, members: &[Member], last: u64) -> Option<u64> {
         let voters = self.voters();
         let mut learners = members.iter().filter(|member| !voters.contains(&member.id));
-        let ready =
-            |member: &&Member| member.matched > 0 && member.matched + limits::LEARNER_LAG_ENTRIES >= last;
-        learners.find(ready).map(|member| member.id)
+        learners.find(|member| lacks_little(member, last)).map(|member| member.id)
     }
 }
 
@@ -157,10 +166,33 @@ impl Node {
         group.voters().iter().filter_map(|id| group.nodes.get(id).cloned()).collect()
     }
 
-    /// Asks a master how it is; 0 for whichever is at the address.
-    pub(super) async fn probe(&self, id: u64, address: &str) -> io::Result<ProbedRow> {
+    /// Asks a master how it is, and where it looks for the master `about`; 0 for whichever is at the address.
+    pub(super) async fn probe(&self, id: u64, address: &str, about: u64) -> io::Result<ProbedRow> {
         let bound = Duration::from_millis(limits::MASTER_PROBE_MS);
-        network::probe(&self.network.peer_at(id, address), bound).await
+        network::probe(&self.network.peer_at(id, address), about, bound).await
+    }
+
+    /// Refuses a master whom another one's settings say to be elsewhere: two would then act under one number, each heard by
+    /// some of the others.
+    async fn check_settings(&self, id: u64, address: &str) -> Result<(), String> {
+        let differs =
+            |of: u64, at: &str| format!("the settings of master {of} say that master {id} is at {at}");
+        if let Some(own) = self.network.settings().get(&id).filter(|own| *own != address) {
+            return Err(differs(self.id, own));
+        }
+        let group = self.group();
+        let others = group.nodes.iter().filter(|(other, _)| **other != self.id && **other != id);
+        let asked =
+            join_all(others.map(|(other, at)| async move { (*other, self.probe(*other, at, id).await) }));
+        for (other, answer) in asked.await {
+            let row = answer.map_err(|error| {
+                format!("master {other} cannot be asked where it looks for master {id}: {error}")
+            })?;
+            if !row.looks_at.is_empty() && row.looks_at != address {
+                return Err(differs(other, &row.looks_at));
+            }
+        }
+        Ok(())
     }
 
     fn leading(&self) -> Result<(), ChangeError> {
@@ -180,12 +212,10 @@ impl Node {
         self.leading()?;
         self.finish_change().await?;
         let refused = ChangeError::Refused;
-        let asked = self.probe(0, address).await.map_err(|error| refused(format!("{address}: {error}")))?;
-        if let Some(own) = self.network.settings().get(&asked.id).filter(|own| *own != address) {
-            let text = format!("the settings of master {} say that master {} is at {own}", self.id, asked.id);
-            return Err(refused(text));
-        }
+        let asked =
+            self.probe(0, address, 0).await.map_err(|error| refused(format!("{address}: {error}")))?;
         if let Some(step) = self.group().add(address, &asked).map_err(refused)? {
+            self.check_settings(asked.id, address).await.map_err(refused)?;
             self.carry_out(step).await?;
         }
         Ok((asked.id, self.group().voters().contains(&asked.id)))
@@ -201,8 +231,9 @@ impl Node {
         self.leading()?;
         self.finish_change().await?;
         let group = self.group();
-        let alive = self.alive(&group).await;
-        let Some(step) = group.remove(id, &alive).map_err(ChangeError::Refused)? else { return Ok(false) };
+        let (alive, current) = self.alive(&group).await;
+        let step = group.remove(id, &alive, &current).map_err(ChangeError::Refused)?;
+        let Some(step) = step else { return Ok(false) };
         if id == self.id {
             drop(alone);
             return match self.hand_over(false).await {
@@ -232,19 +263,30 @@ impl Node {
         let group = self.group();
         let Some(id) = group.ready(&members, last_log) else { return Ok(()) };
         let Some(address) = group.nodes.get(&id) else { return Ok(()) };
-        match self.probe(id, address).await {
+        match self.probe(id, address, 0).await {
             Ok(row) if !row.joining => self.carry_out(Step::Promote(id)).await,
             // It may have caught up and not have noticed yet, or have gone: later.
             Ok(_) | Err(_) => Ok(()),
         }
     }
 
-    async fn alive(&self, group: &Group) -> BTreeSet<u64> {
-        let asked = group.nodes.iter().map(|(id, address)| async move {
-            let alive = *id == self.id || self.probe(*id, address).await.is_ok();
-            alive.then_some(*id)
+    /// The masters that answer, and those of them that lack little of the log.
+    async fn alive(&self, group: &Group) -> (BTreeSet<u64>, BTreeSet<u64>) {
+        let asked = group.nodes.iter().filter(|(id, _)| **id != self.id).map(|(id, address)| async move {
+            self.probe(*id, address, 0).await.ok().map(|row| (*id, row.joining))
         });
-        join_all(asked).await.into_iter().flatten().collect()
+        let answers: Vec<(u64, bool)> = join_all(asked).await.into_iter().flatten().collect();
+        let RaftStatus { members, last_log, .. } = self.status();
+        let near = |id: u64| members.iter().any(|member| member.id == id && lacks_little(member, last_log));
+        let mut alive = BTreeSet::from([self.id]);
+        let mut current = alive.clone();
+        for (id, joining) in answers {
+            alive.insert(id);
+            if !joining && near(id) {
+                current.insert(id);
+            }
+        }
+        (alive, current)
     }
 
     async fn finish_change(&self) -> Result<(), ChangeError> {
@@ -297,7 +339,7 @@ mod tests {
     }
 
     fn asked(id: u64, initialized: bool) -> ProbedRow {
-        ProbedRow { initialized, id, joining: true }
+        ProbedRow { initialized, id, joining: true, ..ProbedRow::default() }
     }
 
     #[test]
@@ -323,14 +365,18 @@ mod tests {
     #[test]
     fn nobody_is_removed_whom_a_majority_needs() {
         let three = group(&[1, 2, 3], &[4]);
-        assert_eq!(three.remove(3, &set(&[1, 2])), Ok(Some(Step::RemoveVoter(3))), "the dead one");
-        assert_eq!(three.remove(9, &set(&[1, 2, 3])), Ok(None), "again");
-        assert_eq!(three.remove(4, &set(&[1, 2])), Ok(Some(Step::RemoveLearner(4))));
-        let error = three.remove(2, &set(&[1, 2])).unwrap_err();
-        assert_eq!(error, "without master 2 there is no majority: 1 of the other 2 answer, 2 must");
-        assert!(group(&[1], &[2]).remove(1, &set(&[1, 2])).unwrap_err().contains("the only one"));
-        assert_eq!(group(&[1, 2], &[]).remove(2, &set(&[1, 2])), Ok(Some(Step::RemoveVoter(2))));
-        assert!(group(&[1, 2], &[]).remove(2, &set(&[1])).is_err(), "it would have to agree");
+        let remove = |of: &Group, id, alive: &[u64]| of.remove(id, &set(alive), &set(alive));
+        assert_eq!(remove(&three, 3, &[1, 2]), Ok(Some(Step::RemoveVoter(3))), "the dead one");
+        assert_eq!(remove(&three, 9, &[1, 2, 3]), Ok(None), "again");
+        assert_eq!(remove(&three, 4, &[1, 2]), Ok(Some(Step::RemoveLearner(4))));
+        let error = remove(&three, 2, &[1, 2]).unwrap_err();
+        let text =
+            "without master 2 there is no majority: 1 of the other 2 answer and are up to date, 2 must";
+        assert_eq!(error, text);
+        assert!(three.remove(2, &set(&[1, 2, 3]), &set(&[1, 2])).is_err(), "3 is far behind");
+        assert!(remove(&group(&[1], &[2]), 1, &[1, 2]).unwrap_err().contains("the only one"));
+        assert_eq!(remove(&group(&[1, 2], &[]), 2, &[1, 2]), Ok(Some(Step::RemoveVoter(2))));
+        assert!(remove(&group(&[1, 2], &[]), 2, &[1]).is_err(), "it would have to agree");
     }
 
     #[test]

@@ -57,8 +57,6 @@ pub struct Network {
 struct Shared {
     env: Env,
     auth: Auth,
-    /// Where masters are, as this master's own settings say; they overrule the replicated membership.
-    addresses: BTreeMap<u64, String>,
     links: Mutex<BTreeMap<(u64, String), mpsc::Sender<Call>>>,
     elections: Arc<Elections>,
 }
@@ -71,23 +69,28 @@ pub struct Peer {
 }
 
 impl Network {
-    pub fn new(env: Env, auth: Auth, addresses: BTreeMap<u64, String>, elections: Arc<Elections>) -> Self {
-        Self { shared: Arc::new(Shared { env, auth, addresses, links: Mutex::default(), elections }) }
+    pub fn new(env: Env, auth: Auth, elections: Arc<Elections>) -> Self {
+        Self { shared: Arc::new(Shared { env, auth, links: Mutex::default(), elections }) }
     }
 
     /// The addresses that this master's own settings give.
     pub fn settings(&self) -> &BTreeMap<u64, String> {
-        &self.shared.addresses
+        &self.shared.auth.addresses
     }
 
     /// Where a master is; `known` is what the membership says.
     pub fn address(&self, id: u64, known: &str) -> String {
-        self.shared.addresses.get(&id).map_or(known, String::as_str).to_owned()
+        self.settings().get(&id).map_or(known, String::as_str).to_owned()
     }
 
     /// The way to a master.
     pub fn peer(&self, id: u64, known: &str) -> Peer {
         Peer { network: self.clone(), id, address: self.address(id, known) }
+    }
+
+    /// This master has a history from here on.
+    pub fn begins(&self) {
+        self.shared.auth.group.begins();
     }
 
     /// The way to a master at an address that is known; 0 for whichever is there.
@@ -393,12 +396,12 @@ impl RaftNetwork<TypeConfig> for Peer {
     }
 }
 
-/// How a master is that can be reached.
+/// How a master is that can be reached, and where it looks for the master `about`.
 ///
 /// # Errors
 /// When it cannot be asked within `bound`.
-pub async fn probe(peer: &Peer, bound: Duration) -> io::Result<codec::ProbedRow> {
-    match peer.call(Body::Probe(codec::ProbeRow {}), bound).await? {
+pub async fn probe(peer: &Peer, about: u64, bound: Duration) -> io::Result<codec::ProbedRow> {
+    match peer.call(Body::Probe(codec::ProbeRow { about }), bound).await? {
         Body::Probed(row) => Ok(row),
         _ => Err(codec::invalid("an unexpected answer to a probe")),
     }
@@ -416,7 +419,7 @@ fn stopped(error: impl std::fmt::Display) -> io::Error {
 pub async fn dispatch(
     raft: &Raft,
     shared: &Arc<super::store::Shared>,
-    id: u64,
+    auth: &Auth,
     from: u64,
     body: Option<Body>,
 ) -> io::Result<Body> {
@@ -429,8 +432,6 @@ pub async fn dispatch(
                 entries: row.entries.into_iter().map(TryInto::try_into).collect::<io::Result<_>>()?,
             };
             let (vote, commit) = (request.vote, request.leader_commit);
-            // Whoever still appends here has taken this master in again, or never let it go.
-            shared.elections.lift(Bar::Removed);
             let mut answer = codec::AppendedRow::default();
             match raft.append_entries(request).await.map_err(stopped)? {
                 AppendEntriesResponse::Success => answer.success = true,
@@ -441,8 +442,15 @@ pub async fn dispatch(
                 AppendEntriesResponse::Conflict => {}
                 AppendEntriesResponse::HigherVote(vote) => answer.higher = Some((&vote).into()),
             }
-            let heard = shared.joining.active() && answer.higher.is_none();
-            if heard && shared.joining.caught_up(&vote, commit.as_ref(), shared.applied().0.as_ref()) {
+            let heard = answer.higher.is_none();
+            if heard {
+                // Whoever leads and appends here has taken this master in again, or never let it go.
+                shared.elections.lift(Bar::Removed);
+            }
+            if heard
+                && shared.joining.active()
+                && shared.joining.caught_up(&vote, commit.as_ref(), shared.applied().0.as_ref())
+            {
                 super::node::end_joining(shared).await?;
                 tracing::info!("caught up with the other masters: this one votes from now on");
             }
@@ -468,9 +476,11 @@ pub async fn dispatch(
                 removed: false,
             }))
         }
-        Some(Body::Probe(_)) => {
+        Some(Body::Probe(row)) => {
             let initialized = raft.is_initialized().await.map_err(stopped)?;
-            Ok(Body::Probed(codec::ProbedRow { initialized, id, joining: shared.joining.active() }))
+            let (joining, looks_at) = (shared.joining.active(), auth.addresses.get(&row.about));
+            let looks_at = looks_at.cloned().unwrap_or_default();
+            Ok(Body::Probed(codec::ProbedRow { initialized, id: auth.id, joining, looks_at }))
         }
         Some(Body::Expect(row)) => {
             handover::expect(raft, codec::vote(row.vote.as_ref())?).await.map_err(stopped)?;

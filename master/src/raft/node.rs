@@ -75,7 +75,15 @@ impl Node {
         let (_, last) = log.ends().map_err(|error| failed(&error))?;
         let empty = joining.active() && last.is_none() && lock.is_some();
         let group = Arc::new(Group::new(group, config.dir.clone(), empty));
-        let auth = Auth { id: config.id, cluster: config.cluster_id.clone(), key: config.key.clone(), group };
+        // An address of its own is all that a master without peers knows, and that one it need not look up.
+        let addresses = if config.peers.len() > 1 { config.peers.clone() } else { BTreeMap::new() };
+        let auth = Auth {
+            id: config.id,
+            cluster: config.cluster_id.clone(),
+            key: config.key.clone(),
+            group,
+            addresses: Arc::new(addresses),
+        };
         let shared = Shared::new(
             env.clone(),
             config.cluster_id.clone(),
@@ -86,9 +94,7 @@ impl Node {
         );
         let shared = Arc::new(shared.map_err(|error| failed(&error))?);
         snapshot_what_the_log_lacks(&log, &shared).await.map_err(|error| failed(&error))?;
-        // An address of its own is all that a master without peers knows, and that one it need not look up.
-        let addresses = if config.peers.len() > 1 { config.peers.clone() } else { BTreeMap::new() };
-        let network = Network::new(env.clone(), auth.clone(), addresses, Arc::clone(&shared.elections));
+        let network = Network::new(env.clone(), auth.clone(), Arc::clone(&shared.elections));
         let machine = StateMachine(Arc::clone(&shared));
         let raft = Raft::new(config.id, settings, network.clone(), log.clone(), machine).await;
         let raft = raft.map_err(|error| failed(&error))?;
@@ -417,7 +423,7 @@ async fn form_cluster(
         }
         let mut all_empty = true;
         for (other, address) in peers.iter().filter(|(other, _)| **other != id) {
-            match probe(&network.peer(*other, address), PROBE_TIME).await {
+            match probe(&network.peer(*other, address), 0, PROBE_TIME).await {
                 Ok(row) if !row.initialized => {}
                 Ok(_) => {
                     if !asked_at_all {
@@ -436,6 +442,7 @@ async fn form_cluster(
             }
             let members: BTreeMap<u64, BasicNode> =
                 peers.iter().map(|(id, address)| (*id, BasicNode::new(address))).collect();
+            network.begins();
             match raft.initialize(members).await {
                 Ok(()) => tracing::info!(masters = peers.len(), "formed a new cluster"),
                 Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {}

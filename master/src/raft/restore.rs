@@ -137,6 +137,7 @@ impl Restore {
         let snapshots = Snapshots::open(self.dir.join("snapshots"))?;
         let reader = SnapshotData::file(&self.file)?.open()?;
         let header = self.header(&reader.header);
+        let reader_term = reader.header.last().map_or(0, |last| last.leader_id.term);
         let mut writer = SnapshotWriter::new(snapshots.draft("restore")?, &header)?;
         let restoring = Restoring::new(Base::of_second(self.now_ms / 1000), self.discard_newer);
         let (mut rows, mut cluster) = (Vec::with_capacity(ROWS), None);
@@ -144,7 +145,10 @@ impl Restore {
             let (key, value) = row?;
             if let Some(value) = restoring.row(&key, value)? {
                 if key == keys::cluster() {
-                    cluster = Some(ClusterRow::decode(value.as_slice()).map_err(super::codec::invalid)?);
+                    let row = ClusterRow::decode(value.as_slice()).map_err(super::codec::invalid)?;
+                    let since_1970 = row.now.as_ref().map_or(0, |now| now.seconds);
+                    self.check_clock(since_1970, reader_term)?;
+                    cluster = Some(row);
                 }
                 rows.push((key, value));
             }
@@ -156,6 +160,17 @@ impl Restore {
         writer.block(&rows)?;
         snapshots.keep(writer.finish()?, &self.cluster)?;
         cluster.ok_or_else(|| super::codec::invalid("the backup is of a cluster that had not begun"))
+    }
+
+    /// Terms and numbers are counted by the clock: one that is behind would begin a history that daemons and masters take for
+    /// an old one.
+    fn check_clock(&self, backup_seconds: i64, backup_term: u64) -> io::Result<()> {
+        let now_seconds = i64::try_from(self.now_ms / 1000).unwrap_or(i64::MAX);
+        if now_seconds < backup_seconds || self.now_ms <= backup_term {
+            let behind = "the clock of this machine is behind the time of the backup: set it right first";
+            return Err(super::codec::invalid(behind));
+        }
+        Ok(())
     }
 
     /// As of the first entry of a group whose only member this master is.

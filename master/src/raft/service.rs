@@ -43,7 +43,7 @@ async fn answer(
     message: v1::RaftMessage,
 ) -> Result<v1::RaftMessage, Status> {
     let envelope = auth.open(message).inspect_err(note_refusal)?;
-    let body = match dispatch(raft, shared, auth.id, envelope.from, envelope.body).await {
+    let body = match dispatch(raft, shared, auth, envelope.from, envelope.body).await {
         Ok(body) => body,
         // Ends the stream: the master may be back behind a new one.
         Err(error) if error.kind() == std::io::ErrorKind::NotConnected => {
