@@ -33,6 +33,8 @@ pub struct Config {
     pub replicas: u32,
     /// Bytes of a chunk, unless its file says otherwise. Decided at the first start of a cluster.
     pub chunk_size: u64,
+    /// Bytes that are kept free on the disk of `data`; 0: none.
+    pub reserve_bytes: u64,
     /// Memory for the state store's cache.
     pub state_cache_bytes: u64,
     /// Log entries between two snapshots.
@@ -72,6 +74,8 @@ struct File {
     replicas: u32,
     #[serde(default = "chunk_size")]
     chunk_size: ByteSize,
+    #[serde(default = "reserve")]
+    reserve: ByteSize,
     #[serde(default = "state_cache")]
     state_cache: ByteSize,
     #[serde(default = "snapshot_every")]
@@ -100,6 +104,9 @@ const fn replicas() -> u32 {
 }
 const fn chunk_size() -> ByteSize {
     ByteSize(limits::CHUNK_SIZE_DEFAULT)
+}
+const fn reserve() -> ByteSize {
+    ByteSize(limits::MASTER_RESERVE)
 }
 const fn state_cache() -> ByteSize {
     ByteSize(256 << 20)
@@ -137,6 +144,7 @@ impl Config {
             join: false,
             replicas: replicas(),
             chunk_size: chunk_size().get(),
+            reserve_bytes: reserve().get(),
             state_cache_bytes: state_cache().get(),
             snapshot_every_entries: snapshot_every(),
             session_ttl_ms: session_ttl_s() * 1000,
@@ -203,6 +211,9 @@ impl Config {
                 format_bytes(limits::CHUNK_SIZE_MIN),
                 format_bytes(limits::CHUNK_SIZE_MAX)
             ));
+        }
+        if self.reserve_bytes > 0 {
+            within("reserve", self.reserve_bytes, 4 << 20, 1 << 40)?;
         }
         within("state_cache", self.state_cache_bytes, 1 << 20, 1 << 40)?;
         within("snapshot_every", self.snapshot_every_entries, 100, 100_000_000)?;
@@ -271,6 +282,7 @@ impl File {
             join: self.join,
             replicas: self.replicas,
             chunk_size: self.chunk_size.get(),
+            reserve_bytes: self.reserve.get(),
             state_cache_bytes: self.state_cache.get(),
             snapshot_every_entries: self.snapshot_every,
             session_ttl_ms: ttl.ok_or_else(|| ConfigError("session_ttl_s is too large".to_owned()))?,
@@ -366,6 +378,7 @@ mod tests {
             ("chunk_sise = 8\n", "m.toml:5: unknown field `chunk_sise`"),
             ("replicas = 0\n", "replicas = 0 is not between 1 and 9"),
             ("chunk_size = \"7\"\n", "chunk_size = 7 is not between 8 B and 4 GiB"),
+            ("reserve = \"1MiB\"\n", "reserve = 1048576 is not between 4194304 and"),
             ("chunk_size = \"many\"\n", "\"many\" is not a size"),
             ("session_ttl_s = 0\n", "session_ttl_s = 0 s is not between 1 and 3600"),
             ("advertise = \"nowhere\"\n", "advertise = \"nowhere\" is not host:port"),

@@ -108,6 +108,7 @@ fn raft_config(config: &Config, address: &str) -> RaftConfig {
         dir: config.data.clone(),
         cluster_id: config.key.cluster_id(),
         key: config.key.clone(),
+        reserve_bytes: config.reserve_bytes,
         state_cache_bytes: config.state_cache_bytes,
         snapshot_every_entries: config.snapshot_every_entries,
         heartbeat: Duration::from_millis(config.raft_heartbeat_ms),

@@ -23,6 +23,8 @@ pub const MASTERS_MAX: usize = 7;
 pub const MASTER_ADDRESSES_MAX: usize = 32;
 /// A master that was added votes once it lacks no more than so many entries.
 pub const LEARNER_LAG_ENTRIES: u64 = 1000;
+/// What a master keeps free on the disk of its data directory (setting).
+pub const MASTER_RESERVE: u64 = 64 << 20;
 /// How long the leader waits for another master to say that it lives, and for a change of the group to be agreed on.
 pub const MASTER_PROBE_MS: u64 = 1_000;
 pub const MASTER_CHANGE_MS: u64 = 10_000;

@@ -75,6 +75,7 @@ impl Cluster {
             join: false,
             replicas: self.shape.replicas,
             chunk_size: self.shape.chunk_size,
+            reserve_bytes: 0,
             state_cache_bytes: 32 << 20,
             snapshot_every_entries: 10_000,
             session_ttl_ms: 20_000,

@@ -9,6 +9,7 @@
 //!   written, so it reads as zeroes, and no whole record follows) is cut off; any other damage is refused.
 
 use super::codec::invalid;
+use super::snapshot::drop_from_page_cache;
 use super::types::{LogId, StorageIOError, Vote};
 use bytes::Bytes;
 use openraft::CommittedLeaderId;
@@ -205,14 +206,18 @@ impl DiskLog {
         fs::create_dir_all(dir)?;
         fs::File::open(dir.parent().unwrap_or(dir))?.sync_all()?;
         let files = log_files(dir)?;
+        // A process that was killed may have left bytes in the page cache that nobody synced; from here on they count. Those of
+        // a sync that failed the kernel calls clean and may show all the same: they are forgotten, so that what is read is
+        // what the disk has.
+        for path in &files {
+            let file = fs::File::open(path)?;
+            file.sync_data()?;
+            drop_from_page_cache(&file);
+        }
+        fs::File::open(dir)?.sync_all()?;
         if let Some(last) = files.last() {
             cut_torn_tail(last)?;
         }
-        // A process that was killed may have left bytes in the page cache that nobody synced; from here on they count.
-        for file in &files {
-            fs::File::open(file)?.sync_data()?;
-        }
-        fs::File::open(dir)?.sync_all()?;
         let mut config =
             raft_log::Config::new(dir.to_str().ok_or_else(|| invalid("a path that is not UTF-8"))?);
         config.log_cache_capacity = Some(CACHE_BYTES);

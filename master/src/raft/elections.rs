@@ -13,6 +13,8 @@ pub enum Bar {
     Removed = 2,
     /// It has just handed over, and stops.
     Leaving = 4,
+    /// Its disk is full.
+    NoRoom = 8,
 }
 
 /// The bars that are down. While there is one, openraft holds no election of its own accord.

@@ -77,7 +77,8 @@ impl Drop for Stay<'_> {
 
 impl Node {
     /// Hands the lead over to the follower that has most of the log; answers its address once it leads, `None` when this
-    /// master did not lead, or is the only one. It takes part as a follower from then on; with `for_good` it does not want to lead again.
+    /// master did not lead, or is the only one. It takes part as a follower from then on; with `for_good` it does not want
+    /// to lead again.
     ///
     /// # Errors
     /// One line that says why it still leads, or that the lead was given up and the next leader is not known yet.
@@ -123,8 +124,13 @@ impl Node {
         let status = self.status();
         let others = status.members.iter().filter(|member| member.voter && member.id != self.id);
         let asked = join_all(others.map(|member| async move {
+<<<<<<< HEAD
             let answer = self.probe(member.id, &member.address, 0).await.ok()?;
             (!answer.joining).then_some(member)
+=======
+            let answer = self.probe(member.id, &member.address).await.ok()?;
+            (!answer.joining && !answer.short).then_some(member)
+>>>>>>> 1600293 (A master whose disk is full refuses changes with ENOSPC and lives on; another one with room leads; the log is read as the disk has it after a failed sync)
         }));
         let best = asked.await.into_iter().flatten().max_by_key(|member| member.matched)?;
         Some((best.id, best.address.clone()))

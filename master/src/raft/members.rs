@@ -11,6 +11,7 @@
 use super::codec::ProbedRow;
 use super::network;
 use super::node::Node;
+use super::room::Level;
 use super::types::{LogId, Membership, StoredMembership};
 use super::{Member, RaftStatus};
 use dfs_proto::limits;
@@ -19,6 +20,7 @@ use openraft::error::{ClientWriteError, RaftError};
 use openraft::{BasicNode, ChangeMembers};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::timeout;
 
@@ -270,10 +272,47 @@ impl Node {
         }
     }
 
+<<<<<<< HEAD
     /// The masters that answer, and those of them that lack little of the log.
     async fn alive(&self, group: &Group) -> (BTreeSet<u64>, BTreeSet<u64>) {
         let asked = group.nodes.iter().filter(|(id, _)| **id != self.id).map(|(id, address)| async move {
             self.probe(*id, address, 0).await.ok().map(|row| (*id, row.joining))
+=======
+    /// Sees to it that changes are taken as long as a majority of the masters has room for them: by one that has room itself.
+    ///
+    /// # Errors
+    /// Why the lead could not be handed over to such a one.
+    pub async fn tend_room(&self) -> Result<(), String> {
+        let (group, short) = (self.group(), self.shared.room.level() != Level::Plenty);
+        let voters = group.voters();
+        let asked = group.nodes.iter().filter(|(id, _)| voters.contains(id) && **id != self.id);
+        let answers = join_all(asked.map(|(id, address)| self.probe(*id, address))).await;
+        let others = answers.iter().flatten().filter(|row| row.short).count();
+        let roomy = answers.iter().flatten().any(|row| !row.short && !row.joining);
+        let crowded = voters.len() - others - usize::from(short) <= voters.len() / 2;
+        self.shared.crowded.store(crowded || (short && !roomy), Ordering::Release);
+        if short && roomy && !crowded {
+            tracing::info!("this master's disk is full: another one with room is to lead");
+            return self.hand_over(false).await.map(drop);
+        }
+        Ok(())
+    }
+
+    /// Whether this master's own disk has room for changes.
+    pub fn has_room(&self) -> bool {
+        self.shared.room.level() == Level::Plenty
+    }
+
+    /// What was found out about the others' room is not known any more.
+    pub fn forget_room(&self) {
+        self.shared.crowded.store(false, Ordering::Release);
+    }
+
+    async fn alive(&self, group: &Group) -> BTreeSet<u64> {
+        let asked = group.nodes.iter().map(|(id, address)| async move {
+            let alive = *id == self.id || self.probe(*id, address).await.is_ok();
+            alive.then_some(*id)
+>>>>>>> 1600293 (A master whose disk is full refuses changes with ENOSPC and lives on; another one with room leads; the log is read as the disk has it after a failed sync)
         });
         let answers: Vec<(u64, bool)> = join_all(asked).await.into_iter().flatten().collect();
         let RaftStatus { members, last_log, .. } = self.status();
@@ -339,7 +378,11 @@ mod tests {
     }
 
     fn asked(id: u64, initialized: bool) -> ProbedRow {
+<<<<<<< HEAD
         ProbedRow { initialized, id, joining: true, ..ProbedRow::default() }
+=======
+        ProbedRow { initialized, id, joining: true, short: false }
+>>>>>>> 1600293 (A master whose disk is full refuses changes with ENOSPC and lives on; another one with room leads; the log is read as the disk has it after a failed sync)
     }
 
     #[test]

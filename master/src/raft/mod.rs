@@ -27,6 +27,7 @@ mod node;
 mod propose;
 mod recover;
 mod restore;
+mod room;
 mod service;
 mod sim;
 mod sim_kv;
@@ -67,6 +68,8 @@ pub struct RaftConfig {
     /// The name that the cluster key gives the cluster.
     pub cluster_id: String,
     pub key: ClusterKey,
+    /// Bytes that are kept free on the disk of the data directory (room.rs); 0: none.
+    pub reserve_bytes: u64,
     /// Memory for the state store's cache.
     pub state_cache_bytes: u64,
     /// A snapshot is made each time that so many entries were applied; a large state is written less often.

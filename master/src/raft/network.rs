@@ -5,6 +5,7 @@ use super::codec::{self, AppendRow, AppliedRow, Body, SnapshotRow, VoteRequestRo
 use super::elections::{Bar, Elections};
 use super::handover;
 use super::members;
+use super::room::Level;
 use super::types::{LogId, Raft, TypeConfig, Vote};
 use dfs_env::Env;
 use dfs_env::rpc::{self, Tuning};
@@ -412,6 +413,14 @@ fn stopped(error: impl std::fmt::Display) -> io::Error {
     unreachable(io::Error::other(error.to_string()))
 }
 
+/// Nothing may be written that does not fit: the leader, or the candidate, asks again.
+fn check_room(shared: &super::store::Shared) -> io::Result<()> {
+    if shared.room.look() == Level::None {
+        return Err(io::Error::new(io::ErrorKind::StorageFull, "there is no room on this master's disk"));
+    }
+    Ok(())
+}
+
 /// What a message between masters makes this master do.
 ///
 /// # Errors
@@ -431,6 +440,9 @@ pub async fn dispatch(
                 leader_commit: codec::log_id(row.commit.as_ref()),
                 entries: row.entries.into_iter().map(TryInto::try_into).collect::<io::Result<_>>()?,
             };
+            if !request.entries.is_empty() {
+                check_room(shared)?;
+            }
             let (vote, commit) = (request.vote, request.leader_commit);
             let mut answer = codec::AppendedRow::default();
             match raft.append_entries(request).await.map_err(stopped)? {
@@ -463,6 +475,7 @@ pub async fn dispatch(
                     "this master is new here and does not vote before it has caught up",
                 ));
             }
+            check_room(shared)?;
             if members::was_removed(&shared.applied().1, from, last.as_ref()) {
                 let vote = row.vote;
                 return Ok(Body::Voted(codec::VotedRow { vote, removed: true, ..Default::default() }));
@@ -478,9 +491,18 @@ pub async fn dispatch(
         }
         Some(Body::Probe(row)) => {
             let initialized = raft.is_initialized().await.map_err(stopped)?;
+<<<<<<< HEAD
             let (joining, looks_at) = (shared.joining.active(), auth.addresses.get(&row.about));
             let looks_at = looks_at.cloned().unwrap_or_default();
             Ok(Body::Probed(codec::ProbedRow { initialized, id: auth.id, joining, looks_at }))
+=======
+            Ok(Body::Probed(codec::ProbedRow {
+                initialized,
+                id,
+                joining: shared.joining.active(),
+                short: shared.room.level() != Level::Plenty,
+            }))
+>>>>>>> 1600293 (A master whose disk is full refuses changes with ENOSPC and lives on; another one with room leads; the log is read as the disk has it after a failed sync)
         }
         Some(Body::Expect(row)) => {
             handover::expect(raft, codec::vote(row.vote.as_ref())?).await.map_err(stopped)?;

@@ -7,6 +7,7 @@ use super::log::LogStore;
 use super::network::{Network, probe};
 use super::propose::{Batcher, Proposal};
 use super::recover::{self, Opened};
+use super::room::{self, Level};
 use super::service::RaftService;
 use super::store::{Shared, StateExport, StateMachine};
 use super::types::Raft;
@@ -34,6 +35,8 @@ const CLOSE_TIME: Duration = Duration::from_secs(20);
 /// Between two attempts to confirm a new leader or to reach the other masters of a new cluster.
 const RETRY: Duration = Duration::from_millis(50);
 const PROBE_EVERY: Duration = Duration::from_millis(200);
+/// How often it is looked whether there is room for a snapshot by now.
+const ROOM_AGAIN: Duration = Duration::from_secs(10);
 const PROBE_TIME: Duration = Duration::from_secs(2);
 /// A leader that no majority has answered for so long stops saying that it leads: the others have long elected another.
 const MAJORITY_LOST: Duration = Duration::from_secs(3);
@@ -70,7 +73,7 @@ impl Node {
     pub async fn start(env: Env, config: RaftConfig) -> Result<Arc<Self>, StartError> {
         let settings = Arc::new(raft_settings(&env, &config)?);
         let opened = open(&env, &config).await?;
-        let Opened { log, store, snapshots, joining, group, lock } = opened;
+        let Opened { log, store, snapshots, joining, group, room, lock } = opened;
         let failed = |error: &dyn std::fmt::Display| StartError::Failed(error.to_string().replace('\n', " "));
         let (_, last) = log.ends().map_err(|error| failed(&error))?;
         let empty = joining.active() && last.is_none() && lock.is_some();
@@ -90,6 +93,7 @@ impl Node {
             store,
             snapshots,
             joining,
+            room,
             config.snapshot_every_entries.max(1),
         );
         let shared = Arc::new(shared.map_err(|error| failed(&error))?);
@@ -116,6 +120,8 @@ impl Node {
             kv,
             leadership: leadership.clone(),
             proposals: proposed,
+            shared: Arc::clone(&shared),
+            alone: Arc::clone(&alone),
         };
         let watcher = Watcher {
             id: config.id,
@@ -130,7 +136,8 @@ impl Node {
             tokio::spawn(batcher.run()),
             tokio::spawn(confirm::run(raft.clone(), leadership.clone(), reading)),
             tokio::spawn(purge(raft.clone(), shared.purges())),
-            tokio::spawn(take_snapshots(raft.clone(), shared.snapshots_due())),
+            tokio::spawn(take_snapshots(raft.clone(), Arc::clone(&shared))),
+            tokio::spawn(watch_room(Arc::clone(&shared))),
         ];
         if !config.join {
             let (raft, network, shared) = (raft.clone(), network.clone(), Arc::clone(&shared));
@@ -337,9 +344,9 @@ async fn open(env: &Env, config: &RaftConfig) -> Result<Opened, StartError> {
     match &config.storage {
         Storage::Sim(storage) => recover::open_sim(storage, &config.cluster_id, config.id, others),
         Storage::Disk => {
-            let (dir, cluster) = (config.dir.clone(), config.cluster_id.clone());
-            let (id, cache) = (config.id, config.state_cache_bytes);
-            env.blocking(move || Ok(recover::open_disk(&dir, &cluster, id, others, cache)))
+            let (disks, dir, cluster) = (env.clone(), config.dir.clone(), config.cluster_id.clone());
+            let (id, cache, reserve) = (config.id, config.state_cache_bytes, config.reserve_bytes);
+            env.blocking(move || Ok(recover::open_disk(&disks, &dir, &cluster, id, others, cache, reserve)))
                 .await
                 .unwrap_or_else(|error| Err(StartError::Failed(error.to_string())))
         }
@@ -363,17 +370,39 @@ async fn snapshot_what_the_log_lacks(log: &LogStore, shared: &Arc<Shared>) -> st
     Ok(())
 }
 
-/// Has a snapshot made whenever one is due.
-async fn take_snapshots(raft: Raft, mut due: watch::Receiver<u64>) {
+/// Has a snapshot made whenever one is due and there is room for it.
+async fn take_snapshots(raft: Raft, shared: Arc<Shared>) {
+    let (mut due, mut room) = (shared.snapshots_due(), shared.room.changes());
     // One may have become due before this task began to listen.
     due.mark_changed();
     while due.changed().await.is_ok() {
-        if *due.borrow_and_update() > 0
-            && let Err(error) = raft.trigger().snapshot().await
-        {
+        if *due.borrow_and_update() == 0 {
+            continue;
+        }
+        room.borrow_and_update();
+        while !shared.has_room_for_a_snapshot() {
+            tracing::warn!("no snapshot is made: there is no room on the disk");
+            if timeout(ROOM_AGAIN, room.changed()).await.is_ok_and(|changed| changed.is_err()) {
+                return;
+            }
+        }
+        if let Err(error) = raft.trigger().snapshot().await {
             tracing::debug!(%error, "no snapshot was made");
             return;
         }
+    }
+}
+
+/// Looks how much room there is on the disk; without any this master does not want to lead.
+async fn watch_room(shared: Arc<Shared>) {
+    loop {
+        let looking = Arc::clone(&shared);
+        match shared.env.blocking(move || Ok(looking.room.look())).await {
+            Ok(Level::None) => drop(shared.elections.bar(Bar::NoRoom)),
+            Ok(Level::Short | Level::Plenty) => drop(shared.elections.lift(Bar::NoRoom)),
+            Err(error) => tracing::warn!(%error, "cannot look for room on the disk"),
+        }
+        sleep(room::LOOK).await;
     }
 }
 

@@ -3,12 +3,14 @@
 //! Two entries are under way at a time: while the first is being synced and replicated, the second is ready to follow
 //! without a pause; what comes meanwhile makes the third. More would only make entries smaller.
 
+use super::room::Level;
+use super::store::Shared;
 use super::types::{Payload, Raft, TypeConfig};
 use super::{Leadership, NotLeader};
-use crate::state::{Applied, BATCH_VERSION, Kv, cluster_row};
+use crate::state::{Applied, BATCH_VERSION, Kv, cluster_row, is_answered};
 use dfs_env::Env;
-use dfs_proto::v1::{self, Timestamp};
-use dfs_proto::{limits, v1::Batch};
+use dfs_proto::v1::{self, Batch, ErrorCode, Timestamp};
+use dfs_proto::{FsError, SessionId, limits};
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
@@ -18,6 +20,7 @@ use prost::Message;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -40,6 +43,18 @@ pub struct Batcher {
     pub kv: Arc<dyn Kv>,
     pub leadership: watch::Receiver<Leadership>,
     pub proposals: mpsc::Receiver<Proposal>,
+    pub shared: Arc<Shared>,
+    /// This master is the only one.
+    pub alone: Arc<AtomicBool>,
+}
+
+/// What is not taken because there is no room on the disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Refuses {
+    Nothing,
+    /// Those of clients.
+    Changes,
+    Everything,
 }
 
 /// Stamps commands with the leader's time, always later than the stamp before.
@@ -93,10 +108,21 @@ impl Batcher {
                 }
             }
             while under_way.len() < PIPELINE && !waiting.is_empty() {
-                // What came since belongs into the same entry.
-                while waiting.len() < limits::BATCH_COMMANDS_MAX {
-                    let Ok(proposal) = self.proposals.try_recv() else { break };
-                    waiting.push_back(proposal);
+                let refuses = self.refuses();
+                if refuses == Refuses::Nothing {
+                    // What came since belongs into the same entry.
+                    while waiting.len() < limits::BATCH_COMMANDS_MAX {
+                        let Ok(proposal) = self.proposals.try_recv() else { break };
+                        waiting.push_back(proposal);
+                    }
+                } else if under_way.is_empty() {
+                    self.refuse_for_want_of_room(refuses, &mut waiting);
+                } else {
+                    // What is under way may be what a command that is repeated did.
+                    break;
+                }
+                if waiting.is_empty() {
+                    break;
                 }
                 match self.pack(&mut waiting, &mut stamps) {
                     Ok(None) => {}
@@ -111,6 +137,59 @@ impl Batcher {
                     }
                 }
             }
+        }
+    }
+
+    /// What there is no room for on the disks.
+    fn refuses(&self) -> Refuses {
+        let crowded = self.shared.crowded.load(Ordering::Acquire);
+        match self.shared.room.look() {
+            Level::None => Refuses::Everything,
+            // Of several masters another one may have room, and lead soon.
+            Level::Short if crowded || self.alone.load(Ordering::Acquire) => Refuses::Changes,
+            Level::Short | Level::Plenty if crowded => Refuses::Changes,
+            Level::Short | Level::Plenty => Refuses::Nothing,
+        }
+    }
+
+    /// Answers what there is no room for. Nothing is under way.
+    fn refuse_for_want_of_room(&self, refuses: Refuses, waiting: &mut VecDeque<Proposal>) {
+        let everything = refuses == Refuses::Everything;
+        let metrics = self.raft.metrics();
+        let settled = {
+            let now = metrics.borrow();
+            now.last_applied.map(|id| id.index) >= now.last_log_index
+        };
+        if !settled {
+            // An entry whose callers wait no more may still be applied: what it did must not be refused.
+            let refusal = self.not_leader(true);
+            return refuse(waiting.drain(..).map(|proposal| proposal.answer), &refusal);
+        }
+        let leave = |command: &v1::Command| match &command.body {
+            Some(v1::command::Body::Mutation(_)) => {
+                let answered = is_answered(&*self.kv, SessionId(command.session), command.seq);
+                // Whoever repeats what was done is told what came of it.
+                !everything && answered.unwrap_or(true)
+            }
+            Some(v1::command::Body::System(_)) | None => !everything,
+        };
+        for proposal in std::mem::take(waiting) {
+            if leave(&proposal.command) {
+                waiting.push_back(proposal);
+                continue;
+            }
+            let failure: v1::Failure =
+                FsError::new(ErrorCode::ErrorNoSpace, "the masters have no room for changes").into();
+            let refusal = match proposal.command.body {
+                Some(v1::command::Body::System(_)) => {
+                    let body = Some(v1::system_answer::Body::Failure(failure));
+                    Applied::System(v1::SystemAnswer { body })
+                }
+                Some(v1::command::Body::Mutation(_)) | None => {
+                    Applied::Answer(v1::Answer { body: Some(v1::answer::Body::Failure(failure)) })
+                }
+            };
+            drop(proposal.answer.send(Ok(refusal)));
         }
     }
 

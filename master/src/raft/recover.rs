@@ -7,11 +7,13 @@ use super::buffered::BufferedKv;
 use super::disk_log::DiskLog;
 use super::joining::Joining;
 use super::log::LogStore;
+use super::room::Room;
 use super::sim::{SimLog, SimStorage};
 use super::sled_kv::SledKv;
 use super::snapshot::Snapshots;
 use super::store::Store;
 use super::{StartError, identity};
+use dfs_env::Env;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -25,6 +27,7 @@ pub struct Opened {
     pub joining: Joining,
     /// Which restore or recovery began the group; 0: none.
     pub group: u64,
+    pub room: Room,
     /// Keeps other processes out; None in the simulator.
     pub lock: Option<fs::File>,
 }
@@ -37,26 +40,32 @@ fn failed(dir: &Path) -> impl Fn(io::Error) -> StartError {
     }
 }
 
-/// Opens a data directory; `others`: the cluster has more masters than this one. Blocks.
+/// Opens a data directory; `others`: the cluster has more masters than this one. Blocks, also
+/// until there is room on the disk.
 ///
 /// # Errors
 /// When it is somebody else's, in use, or damaged beyond what log and snapshots can repair.
 pub fn open_disk(
+    env: &Env,
     dir: &Path,
     cluster: &str,
     node: u64,
     others: bool,
     cache_bytes: u64,
+    reserve_bytes: u64,
 ) -> Result<Opened, StartError> {
     let identity::Claimed { lock, group } = identity::claim(dir, cluster, node, others)?;
     let failed = failed(dir);
+    // Opening writes, too.
+    let room = Room::open(env, dir, reserve_bytes);
+    room.wait();
     let joining = Joining::of_dir(dir).map_err(&failed)?;
     let log = LogStore::Disk(DiskLog::open(&dir.join("log")).map_err(&failed)?);
     let snapshots = Snapshots::open(dir.join("snapshots")).map_err(&failed)?;
     let (store, usable) = SledKv::open(dir, cache_bytes).map_err(&failed)?;
     let store = Arc::new(Store::Disk(BufferedKv::new(store).map_err(&failed)?));
     bring_in_line(&log, &snapshots, &store, usable).map_err(failed)?;
-    Ok(Opened { log, store, snapshots, joining, group, lock: Some(lock) })
+    Ok(Opened { log, store, snapshots, joining, group, room, lock: Some(lock) })
 }
 
 /// Opens simulated storage.
@@ -75,7 +84,7 @@ pub fn open_sim(
     let store = Arc::new(Store::Sim(Arc::clone(storage)));
     bring_in_line(&log, &snapshots, &store, Ok(())).map_err(|error| StartError::Failed(error.to_string()))?;
     let joining = Joining::of_sim(storage);
-    Ok(Opened { log, store, snapshots, joining, group: 0, lock: None })
+    Ok(Opened { log, store, snapshots, joining, group: 0, room: Room::unlimited(), lock: None })
 }
 
 fn bring_in_line(

@@ -3,6 +3,7 @@
 use super::auth::Auth;
 use super::codec::{self, Body, InstalledRow, SnapshotRow};
 use super::network::dispatch;
+use super::room::Level;
 use super::store::Shared;
 use super::types::Raft;
 use dfs_env::Seldom;
@@ -130,6 +131,10 @@ impl RaftService {
         mut parts: Streaming<v1::SnapshotPart>,
     ) -> Result<super::snapshot::Kept, Status> {
         let env = &self.shared.env;
+        let short = || Status::resource_exhausted("there is no room for a snapshot on this master's disk");
+        if self.shared.room.look() != Level::Plenty {
+            return Err(short());
+        }
         let shared = Arc::clone(&self.shared);
         let name = format!("receive-{call:016x}");
         let mut draft = env.blocking(move || shared.snapshots.draft(&name)).await.map_err(refuse)?;
@@ -146,6 +151,10 @@ impl RaftService {
                 .await
                 .map_err(refuse)?;
             part = next_part(&mut parts).await?;
+        }
+        // The state is built anew from it before the old one goes.
+        if !self.shared.room.has(2 * at) {
+            return Err(short());
         }
         let shared = Arc::clone(&self.shared);
         let (kept, _) =

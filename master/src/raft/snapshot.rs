@@ -512,7 +512,7 @@ fn checked(data: &SnapshotData, cluster: &str) -> io::Result<AppliedRow> {
 }
 
 /// Lets reading back see the medium, not what was just written to memory.
-fn drop_from_page_cache(file: &fs::File) {
+pub fn drop_from_page_cache(file: &fs::File) {
     // SAFETY: the descriptor is open for as long as `file` lives; the call changes no memory of ours.
     let result = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
     if result != 0 {

@@ -5,6 +5,7 @@ use super::codec::{self, AppliedRow};
 use super::elections::Elections;
 use super::export::{Exports, Piece};
 use super::joining::Joining;
+use super::room::Room;
 use super::sim::SimStorage;
 use super::snapshot::{self, Kept, RowIter, SnapshotData, SnapshotWriter, Snapshots};
 use super::types::{
@@ -20,7 +21,7 @@ use openraft::{AnyError, EntryPayload, OptionalSend, RaftSnapshotBuilder, Snapsh
 use prost::Message;
 use std::io;
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 
@@ -129,6 +130,9 @@ pub struct Shared {
     pub store: Arc<Store>,
     pub snapshots: Snapshots,
     pub joining: Joining,
+    pub room: Room,
+    /// So many masters have no room on their disks that changes are not taken; as the leader sees it.
+    pub crowded: AtomicBool,
     /// Whether this master may want to lead.
     pub elections: Arc<Elections>,
     exports: Exports,
@@ -158,6 +162,7 @@ impl Shared {
         store: Arc<Store>,
         snapshots: Snapshots,
         joining: Joining,
+        room: Room,
         snapshot_every: u64,
     ) -> io::Result<Self> {
         let applied = Mutex::new(store.applied()?);
@@ -174,6 +179,8 @@ impl Shared {
             store,
             snapshots,
             joining,
+            room,
+            crowded: AtomicBool::new(false),
             elections: Arc::default(),
             exports,
             export_number,
@@ -235,6 +242,12 @@ impl Shared {
         *self.applied.lock().unwrap_or_else(PoisonError::into_inner) = (Some(entry.log_id), members);
         self.check_whether_a_snapshot_is_due(entry.log_id.index);
         Ok(Answers(answers))
+    }
+
+    /// Whether there is room for another snapshot like the last one.
+    pub fn has_room_for_a_snapshot(&self) -> bool {
+        let length = self.last_snapshot.lock().unwrap_or_else(PoisonError::into_inner).1;
+        self.room.has(length + length / 4 + (1 << 20))
     }
 
     /// Begins a snapshot of the state as it is now.
@@ -396,10 +409,16 @@ impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
         let built = match self.build().await {
             Ok(Some(kept)) => Ok(Some(kept)),
             Ok(None) => self.shared.newest(),
+            // Somebody else has filled the disk meanwhile. The log is whole: a snapshot may be made later.
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                tracing::error!(%error, "no snapshot is made: there is no room on the disk");
+                self.shared.newest()
+            }
             Err(error) => Err(error),
         };
         built
-            .and_then(|kept| kept.ok_or_else(|| io::Error::other("the snapshot was given up")))
+            // One of nothing is older than whatever Raft knows.
+            .map(|kept| kept.unwrap_or_else(|| (SnapshotMeta::default(), SnapshotData::empty())))
             .map(raft_snapshot)
             .map_err(|error| StorageIOError::write_snapshot(None, AnyError::new(&error)).into())
     }

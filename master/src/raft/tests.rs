@@ -35,7 +35,8 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine> for Builder {
             open_sim(&SimStorage::new(), "c", 0, false).map_err(storage_error)?
         } else {
             let dir = tempfile::tempdir().map_err(storage_error)?;
-            let opened = open_disk(dir.path(), "c", 0, false, CACHE).map_err(storage_error)?;
+            let opened =
+                open_disk(&Env::real(), dir.path(), "c", 0, false, CACHE, 0).map_err(storage_error)?;
             self.dirs.lock().unwrap().push(dir);
             opened
         };
@@ -45,6 +46,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine> for Builder {
             opened.store,
             opened.snapshots,
             opened.joining,
+            opened.room,
             u64::MAX,
         )
         .map_err(storage_error)?;
@@ -99,6 +101,7 @@ fn config(id: u64, peers: BTreeMap<u64, String>, storage: Storage, dir: &Path) -
         dir: dir.to_owned(),
         cluster_id: key().cluster_id(),
         key: key(),
+        reserve_bytes: 0,
         state_cache_bytes: CACHE,
         snapshot_every_entries: 1_000_000,
         heartbeat: RaftConfig::HEARTBEAT,
@@ -342,6 +345,52 @@ async fn a_master_whose_disk_does_not_sync_stops_by_itself() {
     let node = Node::start(Env::real(), settings).await.unwrap();
     leads(&node).await;
     assert_eq!(registered(&*node.kv()), [1, 2, 3]);
+    node.shutdown().await;
+}
+
+/// Puts a pipe in the place of the log file that is being written: it takes bytes, and fdatasync of it fails.
+fn break_syncs(dir: &Path) -> std::os::fd::OwnedFd {
+    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+    let log = dir.join("log").canonicalize().unwrap();
+    let mut broken = 0;
+    let mut ends = [0; 2];
+    // SAFETY: there is room for the two descriptors that the call makes.
+    assert_eq!(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) }, 0);
+    // SAFETY: both were just made and are nobody else's.
+    let (read, write) = unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) };
+    for entry in fs::read_dir("/proc/self/fd").unwrap() {
+        let path = entry.unwrap().path();
+        let Ok(target) = fs::read_link(&path) else { continue };
+        if target.parent() == Some(&log) && target.extension().is_some_and(|extension| extension == "wal") {
+            let number = path.file_name().unwrap().to_string_lossy().parse().unwrap();
+            // SAFETY: it replaces a descriptor of the log's file, whose owner goes on using the number.
+            assert!(unsafe { libc::dup2(write.as_raw_fd(), number) } >= 0);
+            broken += 1;
+        }
+    }
+    assert!(broken > 0, "no log file is open");
+    read
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_master_never_goes_on_after_a_failed_fdatasync_of_its_log() {
+    let home = tempfile::tempdir().unwrap();
+    let node = Node::start(Env::real(), alone(home.path())).await.unwrap();
+    leads(&node).await;
+    init(&node).await;
+    register_all(&node, 1..4).await;
+    let _pipe = break_syncs(home.path());
+    assert!(matches!(node.propose(register(4)).await, Err(NotLeader { unknown: true, .. })));
+    let reason = timeout(Duration::from_secs(10), node.failed()).await.unwrap();
+    assert!(reason.contains("Invalid argument") && !reason.contains('\n'), "{reason}");
+    assert!(matches!(node.propose(register(5)).await, Err(NotLeader { .. })));
+    assert!(matches!(node.confirm().await, Err(NotLeader { .. })));
+    node.shutdown().await;
+    // What is on the disk is what it begins with.
+    let node = Node::start(Env::real(), alone(home.path())).await.unwrap();
+    leads(&node).await;
+    assert_eq!(registered(&*node.kv()), [1, 2, 3]);
+    register_all(&node, 6..7).await;
     node.shutdown().await;
 }
 

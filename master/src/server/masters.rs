@@ -11,6 +11,8 @@ use tonic::Status;
 
 /// How often it is looked whether a master that was added has caught up.
 const TEND: Duration = Duration::from_millis(250);
+/// The other masters are asked for their room in each of so many turns.
+const ROOM_TURNS: u32 = 4;
 
 /// Carries out an order; see admin.proto.
 pub async fn change(
@@ -42,11 +44,29 @@ fn check_address(address: &str) -> Result<(), Status> {
         .map_err(|error| Status::invalid_argument(error.to_string()))
 }
 
-/// Finishes changes of the group that an earlier leader began, and lets masters vote that have caught up.
+/// What a leader knows of the others' room ends with its term.
+struct Forget(Arc<Term>);
+
+impl Drop for Forget {
+    fn drop(&mut self) {
+        self.0.shared.node.forget_room();
+    }
+}
+
+/// Finishes changes of the group that an earlier leader began, lets masters vote that have caught up, and looks after the room
+/// on their disks.
 pub async fn run(term: Arc<Term>) {
-    let mut told = String::new();
+    let _forget = Forget(Arc::clone(&term));
+    let (mut told, mut turn) = (String::new(), 0_u32);
     loop {
         tokio::time::sleep(TEND).await;
+        turn += 1;
+        let short = !term.shared.node.has_room();
+        if (short || turn.is_multiple_of(ROOM_TURNS))
+            && let Err(reason) = term.shared.node.tend_room().await
+        {
+            tracing::warn!(%reason, "the lead stays with a master whose disk is full");
+        }
         match term.shared.node.tend_members().await {
             Ok(()) => told.clear(),
             Err(ChangeError::Elsewhere(_)) => return,
