@@ -145,7 +145,7 @@ impl Room {
                 Level::Plenty => tracing::info!("there is room on the disk again: changes are taken"),
                 Level::Short => tracing::error!("the disk of the data directory is full: changes get ENOSPC"),
                 Level::None => {
-                    tracing::error!("there is no room at all on the disk: nothing is appended or voted")
+                    tracing::error!("there is no room at all on the disk: nothing is appended or voted");
                 }
             }
             self.changes.send_replace(level);
