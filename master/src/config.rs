@@ -45,6 +45,8 @@ pub struct Config {
     pub root_squash: Vec<IpNet>,
     /// Bytes a second that each chunk daemon copies at most to make replicas; 0: no limit.
     pub repair_bandwidth: u64,
+    /// How long bytes that no file has any more are kept on the chunk daemons at least, for a restore from a backup.
+    pub keep_deleted: Duration,
     /// How often a leader shows itself, and after how long a silence at least others want to lead (at most twice that).
     pub raft_heartbeat_ms: u64,
     pub raft_election_ms: u64,
@@ -86,6 +88,8 @@ struct File {
     root_squash: Vec<IpNet>,
     #[serde(default = "repair_bandwidth")]
     repair_bandwidth: ByteSize,
+    #[serde(default)]
+    keep_deleted_s: u64,
     #[serde(default = "raft_heartbeat_ms")]
     raft_heartbeat_ms: u64,
     #[serde(default = "raft_election_ms")]
@@ -98,6 +102,9 @@ struct Peer {
     id: u64,
     address: String,
 }
+
+/// A year.
+const KEEP_DELETED_MAX_MS: u64 = 365 * 24 * 3600 * 1000;
 
 const fn replicas() -> u32 {
     3
@@ -150,6 +157,7 @@ impl Config {
             session_ttl_ms: session_ttl_s() * 1000,
             root_squash: Vec::new(),
             repair_bandwidth: repair_bandwidth().get(),
+            keep_deleted: Duration::ZERO,
             raft_heartbeat_ms: raft_heartbeat_ms(),
             raft_election_ms: raft_election_ms(),
             storage: Storage::Disk,
@@ -218,6 +226,7 @@ impl Config {
         within("state_cache", self.state_cache_bytes, 1 << 20, 1 << 40)?;
         within("snapshot_every", self.snapshot_every_entries, 100, 100_000_000)?;
         within("session_ttl_s", self.session_ttl_ms, 1000, 3_600_000)?;
+        within("keep_deleted_s", self.keep_deleted.as_secs().saturating_mul(1000), 0, KEEP_DELETED_MAX_MS)?;
         within("raft_heartbeat_ms", self.raft_heartbeat_ms, 10, 10_000)?;
         within("raft_election_ms", self.raft_election_ms, self.raft_heartbeat_ms * 2, 60_000)?;
         self.check_peers()
@@ -288,6 +297,7 @@ impl File {
             session_ttl_ms: ttl.ok_or_else(|| ConfigError("session_ttl_s is too large".to_owned()))?,
             root_squash: self.root_squash.into_iter().map(canonical).collect(),
             repair_bandwidth: self.repair_bandwidth.get(),
+            keep_deleted: Duration::from_secs(self.keep_deleted_s),
             raft_heartbeat_ms: self.raft_heartbeat_ms,
             raft_election_ms: self.raft_election_ms,
             storage: Storage::Disk,

@@ -57,6 +57,7 @@ pub async fn start(env: Env, config: Config) -> Result<Master, StartError> {
         session_ttl: Duration::from_millis(config.session_ttl_ms),
         root_squash: config.root_squash,
         repair_bandwidth: config.repair_bandwidth,
+        keep_deleted: config.keep_deleted,
     };
     let shared = Shared::new(env, Arc::clone(&node), config.key, address.clone(), settings);
     let (stop, stopped) = oneshot::channel();

@@ -52,6 +52,12 @@ enum Command {
         #[arg(long)]
         discard_newer: bool,
     },
+    /// Make this master, the only one left of several, a group of one with its own log and state
+    Recover {
+        /// Confirm that the other masters are lost, and will never run again with the data they had
+        #[arg(long)]
+        others_are_lost: bool,
+    },
     /// Have the cluster delete the chunks that were made after the backup it was restored from
     ForgetNewer,
 }
@@ -121,6 +127,7 @@ async fn carry_out(env: Env, config: &Config, command: Command) -> Result<String
         Command::Restore { file, discard_newer } => {
             operate::restore(&env, config, &file, discard_newer).await
         }
+        Command::Recover { others_are_lost } => operate::recover(&env, config, others_are_lost).await,
         Command::ForgetNewer => operate::forget_newer(&env, config).await,
     }
 }

@@ -148,7 +148,18 @@ pub async fn restore(
     file: &Path,
     discard_newer: bool,
 ) -> Result<String, StartError> {
-    let restore = Restore {
+    let done = restore_of(env, config, file, discard_newer).run(env).await?;
+    Ok(format!(
+        "{}: {} files and {} chunks as of log entry {}; this master is a group of one",
+        config.data.display(),
+        done.files,
+        done.chunks,
+        done.index
+    ))
+}
+
+fn restore_of(env: &Env, config: &Config, file: &Path, discard_newer: bool) -> Restore {
+    Restore {
         dir: config.data.clone(),
         id: config.id,
         address: config.advertised().to_owned(),
@@ -156,14 +167,28 @@ pub async fn restore(
         file: file.to_owned(),
         discard_newer,
         now_ms: env.clock.system_ms(),
-    };
-    let done = restore.run(env).await?;
+    }
+}
+
+/// Makes this master, which is stopped, a group of one with what it has itself: the others are lost. Answers a line for people.
+///
+/// # Errors
+/// `Usage` without the confirmation; see [`raft::recover_alone`].
+pub async fn recover(env: &Env, config: &Config, confirmed: bool) -> Result<String, StartError> {
+    if !confirmed {
+        let text = "what only the other masters have is lost for good, and they must never run again with their data: say so \
+                    with --others-are-lost";
+        return Err(StartError::Usage(text.to_owned()));
+    }
+    let restore = restore_of(env, config, Path::new(""), false);
+    let done = raft::recover_alone(env, restore, config.state_cache_bytes).await?;
     Ok(format!(
-        "{}: {} files and {} chunks as of log entry {}; this master is a group of one",
+        "{}: {} files and {} chunks as of log entry {}; this master is a group of one; what was there before is in {}",
         config.data.display(),
         done.files,
         done.chunks,
-        done.index
+        done.index,
+        raft::BEFORE_RECOVERY
     ))
 }
 

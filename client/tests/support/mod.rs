@@ -81,6 +81,7 @@ impl Cluster {
             session_ttl_ms: 20_000,
             root_squash: Vec::new(),
             repair_bandwidth: 0,
+            keep_deleted: Duration::ZERO,
             raft_heartbeat_ms: 100,
             raft_election_ms: 500,
             storage: Storage::Disk,

@@ -202,15 +202,12 @@ pub struct ProbedRow {
     /// It has not caught up and does not vote yet.
     #[prost(bool, tag = "3")]
     pub joining: bool,
-<<<<<<< HEAD
     /// Where it looks for the master that was asked about, by its own settings; empty: where the group says.
     #[prost(string, tag = "4")]
     pub looks_at: String,
-=======
     /// It has no room for changes.
-    #[prost(bool, tag = "4")]
+    #[prost(bool, tag = "5")]
     pub short: bool,
->>>>>>> 1600293 (A master whose disk is full refuses changes with ENOSPC and lives on; another one with room leads; the log is read as the disk has it after a failed sync)
 }
 
 /// The vote of the leader that hands over.

@@ -124,13 +124,8 @@ impl Node {
         let status = self.status();
         let others = status.members.iter().filter(|member| member.voter && member.id != self.id);
         let asked = join_all(others.map(|member| async move {
-<<<<<<< HEAD
             let answer = self.probe(member.id, &member.address, 0).await.ok()?;
-            (!answer.joining).then_some(member)
-=======
-            let answer = self.probe(member.id, &member.address).await.ok()?;
             (!answer.joining && !answer.short).then_some(member)
->>>>>>> 1600293 (A master whose disk is full refuses changes with ENOSPC and lives on; another one with room leads; the log is read as the disk has it after a failed sync)
         }));
         let best = asked.await.into_iter().flatten().max_by_key(|member| member.matched)?;
         Some((best.id, best.address.clone()))

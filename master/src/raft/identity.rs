@@ -140,6 +140,10 @@ fn check(text: &str, cluster: &str, node: u64) -> Result<u64, String> {
 /// # Errors
 /// `Usage` when there is, `Failed` when it cannot be read.
 pub fn refuse_foreign(dir: &Path) -> Result<(), StartError> {
+    if dir.join(super::survivor::RECOVERY).exists() {
+        let why = "a recovery in it did not come to its end: repeat it";
+        return Err(StartError::Usage(format!("data directory {}: {why}", dir.display())));
+    }
     let found = foreign(dir).map_err(|error| failed(dir, "cannot read the data directory", &error))?;
     let Some(name) = found else { return Ok(()) };
     let why = if dir.join(RESTORING).exists() {
@@ -154,7 +158,9 @@ pub fn refuse_foreign(dir: &Path) -> Result<(), StartError> {
 pub fn foreign(dir: &Path) -> io::Result<Option<String>> {
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name();
-        if name != "LOCK" && name != "lost+found" && name != "IDENTITY.tmp" && !Joining::is_note(&name) {
+        let of_a_recovery = name == super::survivor::RECOVERY || name == super::survivor::BEFORE;
+        let harmless = name == "LOCK" || name == "lost+found" || name == "IDENTITY.tmp" || of_a_recovery;
+        if !harmless && !Joining::is_note(&name) {
             return Ok(Some(name.to_string_lossy().into_owned()));
         }
     }

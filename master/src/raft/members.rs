@@ -272,12 +272,6 @@ impl Node {
         }
     }
 
-<<<<<<< HEAD
-    /// The masters that answer, and those of them that lack little of the log.
-    async fn alive(&self, group: &Group) -> (BTreeSet<u64>, BTreeSet<u64>) {
-        let asked = group.nodes.iter().filter(|(id, _)| **id != self.id).map(|(id, address)| async move {
-            self.probe(*id, address, 0).await.ok().map(|row| (*id, row.joining))
-=======
     /// Sees to it that changes are taken as long as a majority of the masters has room for them: by one that has room itself.
     ///
     /// # Errors
@@ -286,7 +280,7 @@ impl Node {
         let (group, short) = (self.group(), self.shared.room.level() != Level::Plenty);
         let voters = group.voters();
         let asked = group.nodes.iter().filter(|(id, _)| voters.contains(id) && **id != self.id);
-        let answers = join_all(asked.map(|(id, address)| self.probe(*id, address))).await;
+        let answers = join_all(asked.map(|(id, address)| self.probe(*id, address, 0))).await;
         let others = answers.iter().flatten().filter(|row| row.short).count();
         let roomy = answers.iter().flatten().any(|row| !row.short && !row.joining);
         let crowded = voters.len() - others - usize::from(short) <= voters.len() / 2;
@@ -308,11 +302,10 @@ impl Node {
         self.shared.crowded.store(false, Ordering::Release);
     }
 
-    async fn alive(&self, group: &Group) -> BTreeSet<u64> {
-        let asked = group.nodes.iter().map(|(id, address)| async move {
-            let alive = *id == self.id || self.probe(*id, address).await.is_ok();
-            alive.then_some(*id)
->>>>>>> 1600293 (A master whose disk is full refuses changes with ENOSPC and lives on; another one with room leads; the log is read as the disk has it after a failed sync)
+    /// The masters that answer, and those of them that lack little of the log.
+    async fn alive(&self, group: &Group) -> (BTreeSet<u64>, BTreeSet<u64>) {
+        let asked = group.nodes.iter().filter(|(id, _)| **id != self.id).map(|(id, address)| async move {
+            self.probe(*id, address, 0).await.ok().map(|row| (*id, row.joining))
         });
         let answers: Vec<(u64, bool)> = join_all(asked).await.into_iter().flatten().collect();
         let RaftStatus { members, last_log, .. } = self.status();
@@ -378,11 +371,7 @@ mod tests {
     }
 
     fn asked(id: u64, initialized: bool) -> ProbedRow {
-<<<<<<< HEAD
         ProbedRow { initialized, id, joining: true, ..ProbedRow::default() }
-=======
-        ProbedRow { initialized, id, joining: true, short: false }
->>>>>>> 1600293 (A master whose disk is full refuses changes with ENOSPC and lives on; another one with room leads; the log is read as the disk has it after a failed sync)
     }
 
     #[test]

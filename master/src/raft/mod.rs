@@ -34,6 +34,7 @@ mod sim_kv;
 mod sled_kv;
 mod snapshot;
 mod store;
+mod survivor;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -45,6 +46,7 @@ pub use node::Node;
 pub use restore::{Restore, Restored};
 pub use service::RaftService;
 pub use sim::{Crashed, SimStorage};
+pub use survivor::{BEFORE as BEFORE_RECOVERY, recover as recover_alone};
 
 use dfs_proto::token::ClusterKey;
 use std::collections::BTreeMap;

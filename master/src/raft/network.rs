@@ -491,18 +491,15 @@ pub async fn dispatch(
         }
         Some(Body::Probe(row)) => {
             let initialized = raft.is_initialized().await.map_err(stopped)?;
-<<<<<<< HEAD
             let (joining, looks_at) = (shared.joining.active(), auth.addresses.get(&row.about));
             let looks_at = looks_at.cloned().unwrap_or_default();
-            Ok(Body::Probed(codec::ProbedRow { initialized, id: auth.id, joining, looks_at }))
-=======
             Ok(Body::Probed(codec::ProbedRow {
                 initialized,
-                id,
-                joining: shared.joining.active(),
+                id: auth.id,
+                joining,
+                looks_at,
                 short: shared.room.level() != Level::Plenty,
             }))
->>>>>>> 1600293 (A master whose disk is full refuses changes with ENOSPC and lives on; another one with room leads; the log is read as the disk has it after a failed sync)
         }
         Some(Body::Expect(row)) => {
             handover::expect(raft, codec::vote(row.vote.as_ref())?).await.map_err(stopped)?;

@@ -74,6 +74,8 @@ pub struct Settings {
     pub root_squash: Vec<IpNet>,
     /// Bytes a second that each daemon copies at most to make replicas; 0: no limit.
     pub repair_bandwidth: u64,
+    /// How long chunks that nobody uses are kept at least.
+    pub keep_deleted: Duration,
 }
 
 /// This master leads no more, or cannot tell: the peer must look for the leader and ask again.

@@ -1,7 +1,7 @@
 //! Gives space back: sealed chunks that no file uses any more are dropped, and their replicas deleted.
 //!
 //! A chunk stays for a grace of a session's time to live after its last byte lost its last user, so that whoever looked
-//! up its slices before can still read them. First the drop is committed, only then a replica is deleted.
+//! up its slices before can still read them, and for `keep_deleted`, so that a backup which is not older can be restored. First the drop is committed, only then a replica is deleted.
 
 use super::jobs::Job;
 use super::term::Term;
@@ -32,7 +32,8 @@ pub async fn run(term: Arc<Term>) {
             let Some((last, _)) = page.last() else { break };
             after = *last;
             let full = page.len() == BATCH;
-            let before = term.shared.env.clock.system() - term.shared.settings.session_ttl;
+            let settings = &term.shared.settings;
+            let before = term.shared.env.clock.system() - settings.session_ttl.max(settings.keep_deleted);
             let before = Timestamp::from_system(before);
             let due = page.into_iter().filter(|(_, since)| since.key() < before.key());
             let due: Vec<ChunkId> = due.map(|(chunk, _)| chunk).collect();
