@@ -302,6 +302,8 @@ impl Shared {
 #[cfg(test)]
 mod draft_tests;
 #[cfg(test)]
+mod flip_tests;
+#[cfg(test)]
 mod test_disk;
 #[cfg(test)]
 mod tests;

@@ -32,11 +32,11 @@ pub(super) fn path() -> PathBuf {
     DataDir::new("/a".into(), None).chunk_path(ID)
 }
 
-fn payload(seed: u64, length: usize) -> Bytes {
+pub(super) fn payload(seed: u64, length: usize) -> Bytes {
     (0..length as u64).map(|at| (seed * 131 + at * 7 + at / 251).to_le_bytes()[0]).collect()
 }
 
-fn record(epoch: u32, offset: u64, payload: Bytes) -> NewRecord {
+pub(super) fn record(epoch: u32, offset: u64, payload: Bytes) -> NewRecord {
     NewRecord {
         epoch: Epoch(epoch),
         offset: ByteOffset(offset),

@@ -153,7 +153,14 @@ impl Inner {
 
     fn read<T>(&self, read: impl FnOnce(Over<'_>) -> io::Result<T>) -> io::Result<T> {
         let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
-        read(Over { layers: &[&tables.active, &tables.leaving], base: &self.store })
+        let result = read(Over { layers: &[&tables.active, &tables.leaving], base: &self.store });
+        if let Err(error) = &result
+            && error.kind() == io::ErrorKind::InvalidData
+            && !self.failed.swap(true, Ordering::AcqRel)
+        {
+            tracing::error!(%error, "this master stops at the next change; the next start builds the state store again");
+        }
+        result
     }
 }
 

@@ -32,6 +32,8 @@ const MAGIC: u32 = 0x6466_7352;
 /// Record type, log id, payload header: what stands before a payload's bytes.
 const BEFORE_MAGIC: usize = 4 + 24;
 const SECTOR: usize = 512;
+/// In so many bytes of a record is everything that its length depends on.
+const LENGTHS_WITHIN: usize = 256;
 /// The longest payload: a batch and its protobuf framing.
 const PAYLOAD_MAX: u32 = 64 << 20;
 
@@ -346,6 +348,16 @@ fn cut_torn_tail(path: &Path) -> io::Result<()> {
         }
     };
     let tail = &bytes[at..];
+    let changed = || {
+        invalid(format!(
+            "the Raft log is damaged at byte {at} of {} ({error}): it was written whole and has changed since; restore \
+             the directory, or remove it and let this master rejoin the others",
+            path.display(),
+        ))
+    };
+    if is_one_bit_from_whole(tail) {
+        return Err(changed());
+    }
     if error.kind() == io::ErrorKind::UnexpectedEof && find_record(&tail[1..]).is_none()
         || tail.iter().all(|byte| *byte == 0)
     {
@@ -360,16 +372,26 @@ fn cut_torn_tail(path: &Path) -> io::Result<()> {
         )));
     }
     if !has_unwritten_sector(at, tail) {
-        return Err(invalid(format!(
-            "the Raft log is damaged at byte {at} of {} ({error}): it was written whole and has changed since; restore \
-             the directory, or remove it and let this master rejoin the others",
-            path.display(),
-        )));
+        return Err(changed());
     }
     tracing::warn!(file = %path.display(), at, bytes = tail.len(), "cut off the last write of the Raft log, torn by a power loss");
     let file = fs::OpenOptions::new().write(true).open(path)?;
     file.set_len(at as u64)?;
     file.sync_all()
+}
+
+/// Whether the tail is a whole record but for a bit in what says how long it is. Such a record may seem to be cut off by the
+/// file's end, as if it had never been written whole.
+fn is_one_bit_from_whole(tail: &[u8]) -> bool {
+    let mut bytes = tail.to_vec();
+    // Type, log id, payload header; small records have nothing else.
+    (0..tail.len().min(LENGTHS_WITHIN) * 8).any(|bit| {
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        let mut rest = bytes.as_slice();
+        let whole = RaftLogRecord::<LogTypes>::decode(&mut rest).is_ok() && rest.is_empty();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        whole
+    })
 }
 
 /// Where the next whole entry begins.

@@ -13,6 +13,8 @@ mod confirm;
 mod disk_log;
 mod elections;
 mod export;
+#[cfg(test)]
+mod flips;
 #[cfg(fuzzing)]
 pub mod fuzz;
 mod handover;

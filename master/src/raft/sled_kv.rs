@@ -68,8 +68,19 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 fn sled_error(error: sled::Error) -> io::Error {
     match error {
         sled::Error::Io(error) => error,
+        damaged @ (sled::Error::Corruption { .. } | sled::Error::ReportableBug(_)) => {
+            let text = damaged.to_string().replace('\n', " ");
+            io::Error::new(io::ErrorKind::InvalidData, format!("state store: its files are damaged: {text}"))
+        }
         other => io::Error::other(format!("state store: {other}")),
     }
+}
+
+/// sled asserts what it expects of its files; a damaged one must cost a rebuild, not the process.
+fn guarded<T>(act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    std::panic::catch_unwind(AssertUnwindSafe(act)).unwrap_or_else(|_| {
+        Err(io::Error::new(io::ErrorKind::InvalidData, "state store: its files are damaged"))
+    })
 }
 
 fn closed() -> io::Error {
@@ -83,9 +94,13 @@ impl SledKv {
     /// # Errors
     /// When the directory cannot be worked with at all.
     pub fn open(dir: &Path, cache_bytes: u64) -> io::Result<(Self, Result<(), String>)> {
-        let note = match fs::read_to_string(dir.join("STATE")) {
-            Ok(text) => toml::from_str::<Note>(&text)
-                .map_err(|error| format!("STATE is damaged: {}", error.message())),
+        let note = match fs::read(dir.join("STATE")) {
+            Ok(bytes) => String::from_utf8(bytes)
+                .map_err(|_| "STATE is damaged: it is not text".to_owned())
+                .and_then(|text| {
+                    toml::from_str::<Note>(&text)
+                        .map_err(|error| format!("STATE is damaged: {}", error.message().replace('\n', " ")))
+                }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err("there is none yet".to_owned()),
             Err(error) => return Err(error),
         };
@@ -130,12 +145,7 @@ impl SledKv {
             .path(self.path(generation))
             .cache_capacity(self.cache_bytes)
             .flush_every_ms(Some(1000));
-        // sled asserts what it expects of its files; a damaged one must cost a rebuild, not the process.
-        match std::panic::catch_unwind(AssertUnwindSafe(|| config.open())) {
-            Ok(Ok(db)) => Ok(Opened { db, generation }),
-            Ok(Err(error)) => Err(sled_error(error)),
-            Err(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "state store: its files are damaged")),
-        }
+        guarded(|| config.open().map_err(sled_error)).map(|db| Opened { db, generation })
     }
 
     fn remove_all_but(&self, generation: u64) -> io::Result<()> {
@@ -156,8 +166,16 @@ impl SledKv {
     }
 
     fn with<T>(&self, act: impl FnOnce(&sled::Db) -> io::Result<T>) -> io::Result<T> {
-        let opened = self.opened.read().unwrap_or_else(PoisonError::into_inner);
-        act(&opened.as_ref().ok_or_else(closed)?.db)
+        let result = {
+            let opened = self.opened.read().unwrap_or_else(PoisonError::into_inner);
+            let db = &opened.as_ref().ok_or_else(closed)?.db;
+            guarded(|| act(db))
+        };
+        if result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::InvalidData) {
+            // The next start builds it again.
+            self.distrust();
+        }
+        result
     }
 
     /// Takes other rows in place of all there are. Until it returns, the old ones are what a restart would find.
@@ -198,6 +216,10 @@ impl SledKv {
             // Closed, and what came too late was refused: nothing has failed.
             return;
         }
+        self.note_failure();
+    }
+
+    fn note_failure(&self) {
         if let Err(error) = self.note(0, false) {
             tracing::error!(%error, "cannot note that the state store has failed");
         }
@@ -211,9 +233,13 @@ impl SledKv {
         let Some(opened) = self.opened.write().unwrap_or_else(PoisonError::into_inner).take() else {
             return Ok(());
         };
-        opened.db.flush().map_err(sled_error)?;
         let Opened { db, generation } = opened;
-        drop(db);
+        guarded(move || {
+            db.flush().map_err(sled_error)?;
+            drop(db);
+            Ok(())
+        })
+        .inspect_err(|_| self.note_failure())?;
         sync_tree(&self.path(generation))?;
         self.note(generation, true)
     }

@@ -17,7 +17,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 
-const CACHE: u64 = 8 << 20;
+pub const CACHE: u64 = 8 << 20;
 
 struct Builder {
     sim: bool,
@@ -88,7 +88,7 @@ fn openrafts_suite_passes_on_simulated_storage() {
     Suite::test_all(Builder { sim: true, dirs: Mutex::default() }).unwrap();
 }
 
-fn key() -> ClusterKey {
+pub fn key() -> ClusterKey {
     ClusterKey::new(b"0123456789abcdef").unwrap()
 }
 
@@ -110,7 +110,7 @@ fn config(id: u64, peers: BTreeMap<u64, String>, storage: Storage, dir: &Path) -
     }
 }
 
-fn alone(dir: &Path) -> RaftConfig {
+pub fn alone(dir: &Path) -> RaftConfig {
     config(1, BTreeMap::from([(1, "localhost:1".to_owned())]), Storage::Disk, dir)
 }
 
@@ -122,7 +122,7 @@ pub async fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-async fn leads(node: &Node) {
+pub async fn leads(node: &Node) {
     let mut leadership = node.leadership();
     timeout(Duration::from_secs(60), leadership.wait_for(|now| now.leading)).await.unwrap().unwrap();
 }
