@@ -4,14 +4,15 @@ use bytes::Bytes;
 use dfs_client::{Client, ClientConfig, Cred, InodeNo, OpenFlags, Privileges};
 use dfs_env::Env;
 use dfs_env::rpc::{Tuning, connect};
-use dfs_proto::PROTOCOL_VERSION;
 use dfs_proto::checksum::unit_checksums;
-use dfs_proto::token::ClusterKey;
+use dfs_proto::limits::RECORD_MAX;
+use dfs_proto::token::{ClusterKey, Rights};
 use dfs_proto::v1::admin_client::AdminClient;
 use dfs_proto::v1::chunk_client::ChunkClient;
 use dfs_proto::v1::control_client::ControlClient;
 use dfs_proto::v1::session_client::SessionClient;
 use dfs_proto::v1::{self, ErrorCode, Failure};
+use dfs_proto::{ChunkId, PROTOCOL_VERSION, SessionId};
 use std::path::Path;
 use std::time::Duration;
 
@@ -219,5 +220,109 @@ async fn a_chunk_daemon_without_the_key_is_not_let_in() {
         let first = first.expect("no broken stream").expect("not just the end");
         assert!(first.welcome.is_none() && first.refusal.is_some(), "{first:?}");
     }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replays_old_epochs_and_absurd_values_change_nothing() {
+    let cluster = Cluster::start().await;
+    let key = ClusterKey::new(KEY.as_bytes()).expect("long enough");
+    let (chunk, now_ms) = (ChunkId(7_777), Env::real().clock.system_ms());
+    let token = |rights, expiry_ms| Bytes::from(key.issue(SessionId(3), chunk, rights, expiry_ms));
+    let (append, read) = (token(Rights::APPEND, now_ms + 60_000), token(Rights::READ, now_ms + 60_000));
+    let payload = Bytes::from_static(b"written once");
+    let first = v1::AppendRequest {
+        id: 1,
+        version: PROTOCOL_VERSION,
+        chunk: chunk.get(),
+        epoch: 5,
+        checksums: unit_checksums(&payload),
+        payload: payload.clone(),
+        capacity: 1 << 20,
+        token: append.clone(),
+        sync: true,
+        ..v1::AppendRequest::default()
+    };
+    assert!(cluster.append(first.clone()).await.failure.is_none());
+    assert!(cluster.append(first.clone()).await.failure.is_none(), "a replay is what was done");
+
+    let other = Bytes::from_static(b"written anew");
+    let next = v1::AppendRequest { offset: payload.len() as u64, ..first.clone() };
+    let appends = [
+        (
+            "other bytes in the same place",
+            v1::AppendRequest { checksums: unit_checksums(&other), payload: other.clone(), ..first.clone() },
+        ),
+        ("an old epoch", v1::AppendRequest { epoch: 4, ..next.clone() }),
+        ("the epoch 0", v1::AppendRequest { epoch: 0, ..next.clone() }),
+        ("a gap", v1::AppendRequest { offset: 1 << 40, ..next.clone() }),
+        ("the largest offset", v1::AppendRequest { offset: u64::MAX, ..next.clone() }),
+        ("no payload", v1::AppendRequest { payload: Bytes::new(), checksums: Vec::new(), ..next.clone() }),
+        ("wrong checksums", v1::AppendRequest { payload: other, ..next.clone() }),
+        ("too few checksums", v1::AppendRequest { checksums: Vec::new(), ..next.clone() }),
+        ("too many checksums", v1::AppendRequest { checksums: vec![1; 100_000], ..next.clone() }),
+        ("a payload longer than a record", {
+            let payload = Bytes::from(vec![7; RECORD_MAX + 1]);
+            v1::AppendRequest { checksums: unit_checksums(&payload), payload, ..next.clone() }
+        }),
+        (
+            "a token that has expired",
+            v1::AppendRequest { token: token(Rights::APPEND, now_ms - 1), ..next.clone() },
+        ),
+        ("a token to read", v1::AppendRequest { token: read.clone(), ..next.clone() }),
+        ("a token of another length", v1::AppendRequest { token: Bytes::from(vec![1; 4096]), ..next }),
+    ];
+    for (what, request) in appends {
+        assert!(cluster.append(request).await.failure.is_some(), "{what} was not refused");
+    }
+    let whole = v1::ReadRequest {
+        id: 1,
+        version: PROTOCOL_VERSION,
+        chunk: chunk.get(),
+        offset: 0,
+        length: u32::try_from(payload.len()).expect("short"),
+        token: read,
+    };
+    let reads = [
+        ("nothing", v1::ReadRequest { length: 0, ..whole.clone() }),
+        ("too much", v1::ReadRequest { length: u32::MAX, ..whole.clone() }),
+        ("behind the end", v1::ReadRequest { offset: 10, ..whole.clone() }),
+        ("the largest offset", v1::ReadRequest { offset: u64::MAX, ..whole.clone() }),
+        ("with a token to append", v1::ReadRequest { token: append, ..whole.clone() }),
+    ];
+    for (what, request) in reads {
+        assert!(cluster.read(request).await.failure.is_some(), "{what} was not refused");
+    }
+    let reply = cluster.read(whole).await;
+    assert!(reply.failure.is_none(), "{:?}", reply.failure);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_without_a_fresh_proof_for_it_is_refused() {
+    let cluster = Cluster::start().await;
+    let key = ClusterKey::new(KEY.as_bytes()).expect("long enough");
+    let now_ms = Env::real().clock.system_ms();
+    let channel =
+        connect(&Env::real(), cluster.master.address(), Tuning::default()).await.expect("connected");
+    let proof = |what: &str, at_ms| Bytes::from(key.proof(what, 0, at_ms).to_vec());
+    let stranger = ClusterKey::new(b"fedcba9876543210fedcba9876543210").expect("long enough");
+    let cases = [
+        ("no proof", now_ms, Bytes::new()),
+        ("another cluster's", now_ms, Bytes::from(stranger.proof("backup", 0, now_ms).to_vec())),
+        ("a proof of an hour ago", now_ms - 3_600_000, proof("backup", now_ms - 3_600_000)),
+        ("a proof of tomorrow", now_ms + 86_400_000, proof("backup", now_ms + 86_400_000)),
+        ("a proof for another order", now_ms, proof("fsck", now_ms)),
+        ("a proof of another time", now_ms + 1, proof("backup", now_ms)),
+    ];
+    for (what, now_ms, proof) in cases {
+        let mut admin = AdminClient::new(channel.clone());
+        let status = admin.backup(v1::BackupRequest { now_ms, proof }).await.expect_err(what);
+        assert_eq!(status.code(), tonic::Code::Unauthenticated, "{what}: {status}");
+        assert!(!status.message().is_empty() && !status.message().contains('\n'), "{status}");
+    }
+    let mut admin = AdminClient::new(channel);
+    let request = v1::BackupRequest { now_ms, proof: proof("backup", now_ms) };
+    assert!(admin.backup(request).await.is_ok(), "with the proof it is carried out");
     cluster.stop().await;
 }
