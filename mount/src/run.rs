@@ -26,8 +26,6 @@ use tokio::sync::oneshot;
 const FUSE_THREADS: usize = 2;
 /// How far the kernel reads ahead, in KiB; the client reads further ahead by itself.
 const READ_AHEAD_KIB: u32 = 1024;
-/// How much longer a request of the kernel may take whose parts have each stayed within the time-out, in milliseconds.
-const SLACK_MS: u64 = 2_000;
 /// How long programs that still use the mount are served once it is being taken away.
 const LINGER: Duration = Duration::from_secs(5);
 /// How long until unmounting is tried again.
@@ -67,7 +65,8 @@ pub fn serve(wish: &MountWish, place: PathBuf, config: ClientConfig, starter: St
         Ok(runtime) => runtime,
         Err(error) => return fail(starter, &Failure::operation(error)),
     };
-    let limit = config.operation_timeout.map(|limit| limit + Duration::from_millis(SLACK_MS));
+    let limit =
+        config.operation_timeout.map(|limit| limit + Duration::from_millis(limits::OPERATION_SLACK_MS));
     let bound = config.operation_timeout.unwrap_or(Duration::from_millis(limits::OPERATION_MS));
     let client = match runtime.block_on(Client::connect(Env::real(), config)) {
         Ok(client) => client,

@@ -102,6 +102,8 @@ pub const SEAL_WAIT_MS: u64 = 2_000;
 pub const CONNECT_MS: u64 = 2_000;
 /// How long a client operation may wait for the cluster before it fails (setting; 0 waits for ever).
 pub const OPERATION_MS: u64 = 60_000;
+/// How much longer a request of the kernel may take whose parts have each stayed within that.
+pub const OPERATION_SLACK_MS: u64 = 2_000;
 /// How long uncommitted bytes stay in a client at most before they are synced and committed.
 pub const WRITE_BEHIND_MS: u64 = 1_000;
 /// How long an access token is good.

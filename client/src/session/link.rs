@@ -7,6 +7,8 @@ use dfs_env::rpc::{self, Tuning};
 use dfs_proto::v1::session_client::SessionClient;
 use dfs_proto::v1::{ClientFrame, ErrorCode, MasterFrame};
 use dfs_proto::{FsError, limits};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,6 +16,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
 use tonic::Streaming;
+use tonic::transport::Channel;
 
 /// How long a master may take to welcome a session: a new one goes through its log.
 const WELCOME: Duration = Duration::from_secs(5);
@@ -21,6 +24,9 @@ const WELCOME: Duration = Duration::from_secs(5);
 const SILENCE: Duration = Duration::from_millis(2 * limits::KEEP_ALIVE_MS + 1_000);
 /// How often silence and keep-alives are looked after.
 const TICK: Duration = Duration::from_millis(500);
+/// How long an address is waited for before the next one is tried beside it: one that nobody answers, a machine that is off, must not
+/// cost the whole time-out of a connection.
+const STAGGER: Duration = Duration::from_millis(250);
 /// A stream that ended sooner is not replaced at once.
 const SHORT: Duration = Duration::from_secs(1);
 
@@ -52,11 +58,17 @@ pub(super) async fn run(shared: Arc<Shared>) {
         let mut closed = shared.closed.subscribe();
         let attempt = async {
             tokio::time::sleep(pause).await;
-            attempt(&shared, &address, &mut route).await
+            match dial(&shared, address, &mut route).await {
+                Ok((address, channel)) => {
+                    let end = attempt(&shared, &address, channel, &mut route).await;
+                    (address, end)
+                }
+                Err((address, cause)) => (address, End::Failed(cause)),
+            }
         };
-        let end = tokio::select! {
+        let (address, end) = tokio::select! {
             biased;
-            _ = closed.wait_for(|closed| *closed) => End::Closed,
+            _ = closed.wait_for(|closed| *closed) => return shared.finish(),
             end = attempt => end,
         };
         match end {
@@ -82,12 +94,39 @@ pub(super) async fn run(shared: Arc<Shared>) {
     }
 }
 
-/// One connection, from dialling to its end.
-async fn attempt(shared: &Arc<Shared>, address: &str, route: &mut Route) -> End {
-    let channel = match rpc::connect(&shared.env, address, Tuning::default()).await {
-        Ok(channel) => channel,
-        Err(error) => return End::Failed(error.to_string()),
+/// Connects to an address, or to another master if that one takes long or fails: the first connection that stands. The last
+/// failure when there is none.
+async fn dial(
+    shared: &Arc<Shared>,
+    first: String,
+    route: &mut Route,
+) -> Result<(String, Channel), (String, String)> {
+    let connect = |address: String| async move {
+        let connected = rpc::connect(&shared.env, &address, Tuning::default()).await;
+        (address, connected.map_err(|error| error.to_string()))
     };
+    let mut others = route.others(&first).into_iter();
+    let mut dials = FuturesUnordered::from_iter([connect(first)]);
+    loop {
+        let ended = tokio::select! {
+            biased;
+            ended = dials.next() => ended,
+            () = tokio::time::sleep(STAGGER), if others.len() > 0 => None,
+        };
+        match ended {
+            Some((address, Ok(channel))) => return Ok((address, channel)),
+            Some((address, Err(cause))) if dials.is_empty() && others.len() == 0 => {
+                return Err((address, cause));
+            }
+            Some((address, Err(cause))) => route.failed(&address, cause),
+            None => {}
+        }
+        dials.extend(others.next().map(connect));
+    }
+}
+
+/// One connection, from its first frame to its end.
+async fn attempt(shared: &Arc<Shared>, address: &str, channel: Channel, route: &mut Route) -> End {
     let mut client = SessionClient::new(channel)
         .max_decoding_message_size(limits::MESSAGE_MAX)
         .max_encoding_message_size(limits::MESSAGE_MAX);

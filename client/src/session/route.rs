@@ -95,6 +95,13 @@ impl Route {
         (address, self.pause(random))
     }
 
+    /// The other masters, in the order in which they would be tried.
+    pub fn others(&self, address: &str) -> Vec<String> {
+        let count = self.masters.len();
+        let all = (0..count).map(|place| &self.masters[(self.next + place) % count]);
+        all.filter(|master| *master != address).cloned().collect()
+    }
+
     fn pause(&self, random: u64) -> Duration {
         if self.failures == 0 {
             return Duration::ZERO;
@@ -198,6 +205,16 @@ mod tests {
         );
         route.lost(false);
         assert_eq!(route.next(64).1, Duration::ZERO);
+    }
+
+    #[test]
+    fn the_others_follow_in_their_order() {
+        let mut route = route();
+        let (first, _) = route.next(64);
+        assert_eq!((first.as_str(), route.others(&first)), ("a:1", vec!["b:1".to_owned(), "c:1".to_owned()]));
+        let (second, _) = route.next(64);
+        assert_eq!(route.others(&second), ["c:1", "a:1"]);
+        assert_eq!(route.others("z:9").len(), 3, "a leader that was named and is not in the list");
     }
 
     #[test]
