@@ -3,6 +3,7 @@
 dead_cluster.py prepare MOUNT                           files for one round
 dead_cluster.py soft MOUNT FILE BOUND COMMAND           COMMAND kills the cluster; every operation ends within BOUND seconds
 dead_cluster.py hard MOUNT FILE SECONDS COMMAND COMMAND … dead for SECONDS, then the second command brings it back: nothing fails
+dead_cluster.py hold MOUNT FILE                         once FILE is there, keeps what an unmount has to deal with
 dead_cluster.py after MOUNT FILE                        what the operations of a round said is true once the cluster is back
 
 Each operation is a process of its own; FILE is where it is kept what each of them said.
@@ -347,8 +348,9 @@ def hard(top, file, seconds, kill, revive):
     operations = begin(top, kill)
     time.sleep(float(seconds))
     early = [operation for operation in operations if operation.wait(0) and operation.name not in MAY_SUCCEED]
-    # One more, to be killed: it must not have to wait for the cluster.
-    victim = subprocess.Popen(["stat", f"{top}/never-looked-up"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # One more, to be killed: it must not have to wait for the cluster. Not in the same directory: there it would wait in the kernel,
+    # which no signal ends, for those who are about to change it.
+    victim = subprocess.Popen(["stat", f"{os.path.dirname(top)}/never-looked-up"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(1)
     assert victim.poll() is None, "it did not wait"
     began = time.monotonic()
@@ -365,6 +367,29 @@ def hard(top, file, seconds, kill, revive):
         sys.exit(f"did not wait: {names}; did not go on: {stuck}; failed: {failed}")
     waited = sum(1 for operation in operations if operation.report[1] > float(seconds) / 2)
     print(f"{len(operations)} operations succeeded, {waited} of them waited; a process that waited was killed in {killed:.1f} s")
+
+
+def hold(top, go):
+    """Keeps written bytes, a changed page of a shared mapping and, once the cluster is dead, a request on its way."""
+    fd = os.open(f"{top}/held", os.O_RDWR | os.O_CREAT)
+    write(f"{top}/held-map", block("was"))
+    mapped = mmap.mmap(os.open(f"{top}/held-map", os.O_RDWR), BLOCK)
+    # What needs the cluster, the right to keep changes and the pages, is had before.
+    os.pwrite(fd, block("first"), 0)
+    assert mapped[:BLOCK] == block("was")
+    mapped[:BLOCK] = block("now")
+    mapped.flush()
+    print("ready", flush=True)
+    while not os.path.exists(go):
+        time.sleep(0.02)
+    os.pwrite(fd, block("held"), 0)
+    mapped[:BLOCK] = block("later")
+    print("holds", flush=True)
+    try:
+        os.stat(f"{top}/never-looked-up")
+    except OSError:
+        pass
+    time.sleep(600)
 
 
 def after(top, file):
@@ -389,4 +414,4 @@ def after(top, file):
 
 if __name__ == "__main__":
     what, top = sys.argv[1:3]
-    {"prepare": prepare, "soft": soft, "hard": hard, "after": after}[what](top, *sys.argv[3:])
+    {"prepare": prepare, "soft": soft, "hard": hard, "hold": hold, "after": after}[what](top, *sys.argv[3:])
