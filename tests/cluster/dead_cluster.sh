@@ -145,7 +145,7 @@ wait_for 30 gone "$(second)" || fail "dfs-mount does not end"
 dfs-mount --foreground --log debug "$SECOND" 2>"$WORK/early.log" &
 early=$!
 wait_for 10 grep -q 'no session with this master' "$WORK/early.log" || fail "it does not look for a master"
-kill -INT $early
+kill -TERM $early   # a shell has what it starts in the background ignore SIGINT
 wait_for 5 gone $early || fail "dfs-mount that finds no master does not end"
 not_mounted || fail "a mount is left"
 refused 1 'no master took the session within 10s' dfs-mount "$SECOND"
