@@ -10,6 +10,9 @@ const STALL: Duration = Duration::from_secs(6);
 /// A frozen server is at least so long frozen.
 const FROZEN: Duration = Duration::from_millis(2_200);
 
+/// So late come late appends at least: their client has given them up.
+const LATE: Duration = Duration::from_millis(2_300);
+
 /// Something bad that happens to the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fault {
@@ -30,6 +33,9 @@ pub enum Fault {
     Stall { client: String, others: Vec<String>, pause: Duration },
     /// The same of a server: everything that was sent to it arrives late, and all at once.
     Freeze { host: String, others: Vec<String>, pause: Duration },
+    /// What clients and other daemons send to a chunk daemon arrives late, while another daemon does not hear the masters: chunks
+    /// are fenced and cannot be sealed yet when appends of before come.
+    LateAppends { host: String, peers: Vec<String>, deaf: String, masters: Vec<String>, pause: Duration },
     /// One machine does not hear another, which hears it.
     OneWay { from: String, to: String, pause: Duration },
     /// Every call of a machine's disk takes long.
@@ -60,6 +66,7 @@ impl Fault {
             Self::Stall { .. } => Kind::Stall,
             Self::Freeze { host, .. } if host.starts_with("master") => Kind::FreezeMaster,
             Self::Freeze { .. } => Kind::FreezeChunkd,
+            Self::LateAppends { .. } => Kind::LateAppends,
             Self::OneWay { .. } => Kind::OneWay,
             Self::Slow { host, .. } if host.starts_with("master") => Kind::SlowMaster,
             Self::Slow { .. } => Kind::SlowChunkd,
@@ -83,6 +90,7 @@ impl Fault {
             | Self::Failover { pause, .. }
             | Self::Stall { pause, .. }
             | Self::Freeze { pause, .. }
+            | Self::LateAppends { pause, .. }
             | Self::OneWay { pause, .. }
             | Self::Slow { pause, .. }
             | Self::Full { pause, .. }
@@ -106,6 +114,7 @@ enum Kind {
     Stall,
     FreezeMaster,
     FreezeChunkd,
+    LateAppends,
     OneWay,
     SlowMaster,
     SlowChunkd,
@@ -117,7 +126,7 @@ enum Kind {
 }
 
 /// What befalls two clients with a directory each.
-const EVERYTHING: [Kind; 16] = [
+const EVERYTHING: [Kind; 17] = [
     Kind::CrashMaster,
     Kind::CrashChunkd,
     Kind::Wipe,
@@ -126,6 +135,7 @@ const EVERYTHING: [Kind; 16] = [
     Kind::Loss,
     Kind::FreezeMaster,
     Kind::FreezeChunkd,
+    Kind::LateAppends,
     Kind::OneWay,
     Kind::SlowMaster,
     Kind::SlowChunkd,
@@ -155,6 +165,7 @@ impl Kind {
             Self::Stall => "stall of a client",
             Self::FreezeMaster => "freeze of a master",
             Self::FreezeChunkd => "freeze of a chunk daemon",
+            Self::LateAppends => "late appends",
             Self::OneWay => "one-way partition",
             Self::SlowMaster => "slow log of a master",
             Self::SlowChunkd => "slow disk",
@@ -241,6 +252,11 @@ impl Plan {
         Self { kinds: vec![Kind::Failover], ..Self::among(seed, masters, chunkds, clients) }
     }
 
+    /// Nothing but appends that come late.
+    pub fn late(seed: u64, masters: &[String], chunkds: &[String], clients: &[String]) -> Self {
+        Self { kinds: vec![Kind::LateAppends], ..Self::new(seed, masters, chunkds, clients) }
+    }
+
     /// The fault that begins now, if one does.
     pub fn due(&mut self, now: Duration) -> Option<Fault> {
         if now < self.next {
@@ -288,6 +304,20 @@ impl Plan {
             }
             Kind::FreezeMaster => self.freeze(true, pause),
             Kind::FreezeChunkd => self.freeze(false, pause),
+            Kind::LateAppends => {
+                let host = Self::one(&mut self.random, &self.chunkds);
+                let mut others: Vec<String> = self.chunkds.clone();
+                others.retain(|other| *other != host);
+                let deaf = Self::one(&mut self.random, &others);
+                let peers = others.into_iter().chain(self.clients.iter().cloned()).collect();
+                Fault::LateAppends {
+                    host,
+                    peers,
+                    deaf,
+                    masters: self.masters.clone(),
+                    pause: LATE + pause / 2,
+                }
+            }
             Kind::OneWay => {
                 let (from, to) = self.pair();
                 Fault::OneWay { from, to, pause }

@@ -4,7 +4,6 @@
 
 use crate::checkers::Watch;
 use crate::env::Clocks;
-use crate::faults::Plan;
 use crate::linear::{self, Event, Object};
 use crate::seeds::Report;
 use crate::strikes;
@@ -333,11 +332,8 @@ impl Worker {
 
 // ---- the world ----
 
-/// What makes the faults of a seed, from masters, chunk daemons and clients.
-type Faults = fn(u64, &[String], &[String], &[String]) -> Plan;
-
 /// Runs one seed: three to five clients under faults, for half a minute.
-pub fn run(seed: u64, faults: Faults) -> Result<Report, Violation> {
+pub fn run(seed: u64, faults: world::Faults) -> Result<Report, Violation> {
     let mut sim = world::network(seed);
     let mut cluster =
         world::start_cluster(&mut sim, seed, if loses_sessions(seed) { SHORT_TTL } else { LONG_TTL });

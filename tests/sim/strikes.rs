@@ -217,7 +217,7 @@ impl Striker<'_> {
     fn hurts(&self, fault: &Fault) -> bool {
         let disk = |host: &str| self.cluster.disk(host);
         match fault {
-            Fault::Crash { host, .. } | Fault::Freeze { host, .. } => {
+            Fault::Crash { host, .. } | Fault::Freeze { host, .. } | Fault::LateAppends { host, .. } => {
                 disk(host).is_none_or(SimDisk::is_dirty)
             }
             Fault::PowerCut { .. } => self.cluster.machines.iter().any(|machine| machine.disk.is_dirty()),
@@ -289,7 +289,8 @@ impl Striker<'_> {
             | Fault::Loss { .. }
             | Fault::Failover { .. }
             | Fault::Stall { .. }
-            | Fault::Freeze { .. } => self.strike_links(sim, fault),
+            | Fault::Freeze { .. }
+            | Fault::LateAppends { .. } => self.strike_links(sim, fault),
         }
         Ok(())
     }
@@ -305,6 +306,10 @@ impl Striker<'_> {
             }
             Fault::Stall { client: host, others, .. } | Fault::Freeze { host, others, .. } => {
                 others.iter().for_each(|other| sim.hold(host.as_str(), other.as_str()));
+            }
+            Fault::LateAppends { host, peers, deaf, masters, .. } => {
+                peers.iter().for_each(|peer| sim.hold(host.as_str(), peer.as_str()));
+                masters.iter().for_each(|master| sim.partition(deaf.as_str(), master.as_str()));
             }
             _ => {}
         }
@@ -350,6 +355,10 @@ impl Striker<'_> {
             }
             Fault::Stall { client: host, others, .. } | Fault::Freeze { host, others, .. } => {
                 others.iter().for_each(|other| sim.release(host.as_str(), other.as_str()));
+            }
+            Fault::LateAppends { host, peers, deaf, masters, .. } => {
+                peers.iter().for_each(|peer| sim.release(host.as_str(), peer.as_str()));
+                masters.iter().for_each(|master| sim.repair(deaf.as_str(), master.as_str()));
             }
         }
     }

@@ -68,8 +68,11 @@ pub fn addresses() -> Vec<String> {
     masters().iter().map(|host| format!("{host}:{MASTER_PORT}")).collect()
 }
 
+/// What makes the faults of a seed, from masters, chunk daemons and clients.
+pub type Faults = fn(u64, &[String], &[String], &[String]) -> Plan;
+
 /// Runs one seed to its end.
-pub fn run(seed: u64) -> Result<Report, Violation> {
+pub fn run(seed: u64, faults: Faults) -> Result<Report, Violation> {
     let mut sim = network(seed);
     let mut cluster = start_cluster(&mut sim, seed, SESSION_TTL);
     let progress = Arc::new(Mutex::new(Progress::default()));
@@ -78,7 +81,7 @@ pub fn run(seed: u64) -> Result<Report, Violation> {
         cluster.clients.push((client_name(id), clocks));
     }
     let clients: Vec<String> = (1..=CLIENTS).map(client_name).collect();
-    let mut plan = Plan::new(seed, &masters(), &cluster.chunkds(), &clients);
+    let mut plan = faults(seed, &masters(), &cluster.chunkds(), &clients);
     let mut watch = Watch::new(cluster.storages(), cluster.disks());
     let damage = strikes::drive(&mut sim, &mut plan, &cluster, &mut watch, seed)?;
     let progress = progress.lock().expect("one thread");
