@@ -144,6 +144,9 @@ fn drive(
     for machine in &cluster.machines {
         machine.disk.slow_down(Duration::from_millis(random.random_range(0..=LAG_MS)));
     }
+    for master in &cluster.masters {
+        master.storage.set_sync_time(Duration::from_millis(random.random_range(0..=LAG_MS)));
+    }
     let (mut damage, mut cuts) = (Damage::default(), 0);
     let (mut next_cut, mut up_again): (Option<Duration>, Option<Duration>) = (None, None);
     let hosts: Vec<&str> = cluster.clients.iter().map(|(host, _)| host.as_str()).collect();

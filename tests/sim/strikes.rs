@@ -196,10 +196,9 @@ impl Striker<'_> {
     /// Makes a machine as it is before some crashes: half of the time its disk is slow, so that much is under way.
     fn prepare(&mut self, fault: &Fault) {
         if let Fault::Crash { host, .. } = fault
-            && let Some(disk) = self.cluster.disk(host)
             && self.random.next_u32().is_multiple_of(2)
         {
-            disk.slow_down(Duration::from_millis(self.random.random_range(SLOW_MS)));
+            self.slow_down(host, true);
         }
     }
 
@@ -241,8 +240,8 @@ impl Striker<'_> {
         match fault {
             Fault::Crash { host, .. } => {
                 sim.crash(host.as_str());
+                self.slow_down(host, false);
                 if let Some(disk) = self.cluster.disk(host) {
-                    disk.slow_down(Duration::ZERO);
                     self.damage.crash(disk.crash(self.random.next_u64()));
                 }
                 if let Some(storage) = self.cluster.storage(host) {
@@ -279,7 +278,7 @@ impl Striker<'_> {
             Fault::Slow { host, .. } => self.slow_down(host, true),
             Fault::Full { host, .. } => drop(self.cluster.disk(host).map(|disk| disk.fill(true))),
             Fault::LogFails { host, .. } => {
-                self.cluster.storage(host).iter().for_each(|s| s.fail_syncs(true))
+                self.cluster.storage(host).iter().for_each(|storage| storage.fail_syncs(true));
             }
             Fault::ClockJump { host, by_ms } => {
                 self.cluster.clocks(host).iter().for_each(|clocks| clocks.jump(*by_ms));
