@@ -321,6 +321,7 @@ impl Control {
             Some(v1::order::Op::Delete(delete)) => delete.chunk,
             Some(v1::order::Op::Copy(copy)) => copy.chunk,
             Some(v1::order::Op::Verify(verify)) => verify.chunk,
+            Some(v1::order::Op::Gather(gather)) => gather.chunk,
             None => 0,
         };
         let done = match self.obey(order).await {
@@ -351,6 +352,7 @@ impl Control {
             }
             Some(Op::Delete(delete)) => (delete.chunk, ChunkOrder::Delete),
             Some(Op::Copy(copy)) => return self.copier.copy(copy).await,
+            Some(Op::Gather(gather)) => return self.copier.gather_pieces(gather).await,
             Some(Op::Verify(verify)) => return self.store.verify(ChunkId(verify.chunk)).await,
             None => {
                 return Err(FsError::new(

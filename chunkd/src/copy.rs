@@ -13,48 +13,67 @@ use dfs_env::rpc::{self, Tuning};
 use dfs_proto::error::ErrorCode;
 use dfs_proto::limits::{CONNECT_MS, FETCH_PROGRESS_MS, FETCH_TOKEN_MS, MESSAGE_MAX};
 use dfs_proto::token::{ClusterKey, Rights};
+use dfs_proto::v1::chunk_client::ChunkClient;
 use dfs_proto::{ByteLen, ChunkId, Epoch, FsError, FsResult, PROTOCOL_VERSION, SessionId, v1};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Streaming;
+use tonic::transport::Channel;
 
 /// How often it is looked whether a copy that is being made already is done.
 const JOIN: Duration = Duration::from_millis(200);
 
 /// Makes copies for a daemon.
 pub struct Copier {
-    env: Env,
-    store: Store,
-    key: ClusterKey,
+    pub(crate) env: Env,
+    pub(crate) store: Store,
+    pub(crate) key: ClusterKey,
     throttle: Throttle,
+    /// Of what is gathered: it must not take from what repair may.
+    pub(crate) gathering: Throttle,
 }
 
 /// Whose fault it is that no more records come.
-enum Failed {
+pub(crate) enum Failed {
     /// The source's: another one is asked.
     There(FsError),
     /// This daemon's disk has failed or is full: the copy is given up.
     Here(FsError),
 }
 
+/// A replica as it will be.
+pub(crate) struct Whole {
+    pub chunk: ChunkId,
+    pub epoch: Epoch,
+    pub capacity: ByteLen,
+    pub length: u64,
+}
+
+/// How a replica's making begins.
+pub(crate) enum Begun {
+    /// It is here already.
+    Here(Settled),
+    Making(Making),
+}
+
 /// A replica that is being made: by one task, on the disk's threads.
 #[derive(Clone)]
-struct Making(Arc<Mutex<Draft>>);
+pub(crate) struct Making(Arc<Mutex<Draft>>);
 
 impl Making {
-    fn length(&self) -> u64 {
+    pub(crate) fn length(&self) -> u64 {
         lock(&self.0).length()
     }
 }
 
 /// Lets so many bytes pass in a second, for all copies together.
 #[derive(Default)]
-struct Throttle(Mutex<Option<Instant>>);
+pub(crate) struct Throttle(Mutex<Option<Instant>>);
 
 impl Throttle {
     /// Waits until `bytes` more may pass; a rate of 0 lets everything pass.
-    async fn pass(&self, bytes: u64, bytes_per_second: u64) {
+    pub(crate) async fn pass(&self, bytes: u64, bytes_per_second: u64) {
         if bytes_per_second == 0 {
             return;
         }
@@ -72,7 +91,7 @@ impl Throttle {
 impl Copier {
     #[must_use]
     pub fn new(env: Env, store: Store, key: ClusterKey) -> Self {
-        Self { env, store, key, throttle: Throttle::default() }
+        Self { env, store, key, throttle: Throttle::default(), gathering: Throttle::default() }
     }
 
     /// Carries out a copy order: answers when the replica is whole, in its place and durable.
@@ -81,24 +100,39 @@ impl Copier {
     /// ERROR_BUSY while the chunk is being copied here already; ERROR_NO_SPACE; ERROR_UNAVAILABLE or ERROR_CORRUPT when
     /// the sources together do not have every record; what the disk says.
     pub async fn copy(&self, order: v1::CopyOrder) -> FsResult<Settled> {
-        let chunk = ChunkId(order.chunk);
-        let (epoch, capacity) = (Epoch(order.epoch), ByteLen(order.capacity));
-        let mut anew = order.anew;
-        let draft = loop {
-            if !anew && let Some(settled) = self.is_here(&order).await {
-                return Ok(settled);
+        let what = Whole {
+            chunk: ChunkId(order.chunk),
+            epoch: Epoch(order.epoch),
+            capacity: ByteLen(order.capacity),
+            length: order.length,
+        };
+        let draft = match self.begin(&what, order.anew).await? {
+            Begun::Here(settled) => return Ok(settled),
+            Begun::Making(draft) => draft,
+        };
+        self.gather(&draft, &order).await?;
+        self.install(what.chunk, draft).await
+    }
+
+    /// Begins to make a replica, unless a good one is here; `anew`: the one that is here is not good.
+    pub(crate) async fn begin(&self, what: &Whole, mut anew: bool) -> FsResult<Begun> {
+        loop {
+            if !anew && let Some(settled) = self.is_here(what).await {
+                return Ok(Begun::Here(settled));
             }
-            match self.store.draft(chunk, epoch, capacity, order.length).await {
+            match self.store.draft(what.chunk, what.epoch, what.capacity, what.length).await {
                 // The order was repeated: the copy that is being made is the one that is wanted.
                 Err(error) if error.code == ErrorCode::ErrorBusy => {
                     anew = false;
                     tokio::time::sleep(JOIN).await;
                 }
-                draft => break draft?,
+                draft => return Ok(Begun::Making(Making(Arc::new(Mutex::new(draft?))))),
             }
-        };
-        let draft = Making(Arc::new(Mutex::new(draft)));
-        self.gather(&draft, &order).await?;
+        }
+    }
+
+    /// Closes a replica that has every record, makes it durable and puts it in its place.
+    pub(crate) async fn install(&self, chunk: ChunkId, draft: Making) -> FsResult<Settled> {
         let finishing = draft.clone();
         self.env.blocking(move || Ok(lock(&finishing.0).finish())).await??;
         let Some(draft) = Arc::into_inner(draft.0).and_then(|draft| draft.into_inner().ok()) else {
@@ -145,13 +179,12 @@ impl Copier {
     }
 
     /// A good replica that is here already.
-    async fn is_here(&self, order: &v1::CopyOrder) -> Option<Settled> {
-        let chunk = ChunkId(order.chunk);
-        let good = |found: &v1::ChunkFound| found.sealed && !found.damaged && found.length == order.length;
-        self.store.found(chunk).filter(good)?;
+    async fn is_here(&self, what: &Whole) -> Option<Settled> {
+        let good = |found: &v1::ChunkFound| found.sealed && !found.damaged && found.length == what.length;
+        self.store.found(what.chunk).filter(good)?;
         // After everything that was ordered before, a deletion perhaps; and what a start found may not be on the disk yet.
-        let seal = ChunkOrder::Seal { epoch: Epoch(order.epoch), length: order.length };
-        self.store.order(chunk, seal).await.ok()
+        let seal = ChunkOrder::Seal { epoch: what.epoch, length: what.length };
+        self.store.order(what.chunk, seal).await.ok()
     }
 
     /// Records of the replica that is here and was found damaged.
@@ -190,12 +223,12 @@ impl Copier {
         Ok(())
     }
 
-    async fn open(
+    /// A client of another daemon, and a token to read a chunk there.
+    pub(crate) async fn reach(
         &self,
-        offset: u64,
-        order: &v1::CopyOrder,
         source: &str,
-    ) -> FsResult<Streaming<v1::FetchReply>> {
+        chunk: ChunkId,
+    ) -> FsResult<(ChunkClient<Channel>, bytes::Bytes)> {
         let connecting = rpc::connect(&self.env, source, Tuning::default());
         let bound = Duration::from_millis(CONNECT_MS);
         let channel = tokio::time::timeout(bound, connecting)
@@ -203,19 +236,28 @@ impl Copier {
             .map_err(|_| FsError::new(ErrorCode::ErrorTimedOut, format!("not connected within {bound:?}")))?
             .map_err(|error| FsError::new(ErrorCode::ErrorUnavailable, error.to_string()))?;
         let expiry = self.env.clock.system_ms().saturating_add(FETCH_TOKEN_MS);
-        let token = self.key.issue(SessionId(0), ChunkId(order.chunk), Rights::READ, expiry);
+        let token = self.key.issue(SessionId(0), chunk, Rights::READ, expiry);
+        Ok((ChunkClient::new(channel).max_decoding_message_size(MESSAGE_MAX), token.into()))
+    }
+
+    async fn open(
+        &self,
+        offset: u64,
+        order: &v1::CopyOrder,
+        source: &str,
+    ) -> FsResult<Streaming<v1::FetchReply>> {
+        let (mut client, token) = self.reach(source, ChunkId(order.chunk)).await?;
         let request = v1::FetchRequest {
             version: PROTOCOL_VERSION,
             chunk: order.chunk,
             offset,
             length: order.length,
-            token: token.into(),
+            token,
         };
-        let mut client = v1::chunk_client::ChunkClient::new(channel).max_decoding_message_size(MESSAGE_MAX);
         Ok(client.fetch(request).await.map_err(|status| unavailable(&status))?.into_inner())
     }
 
-    async fn add(&self, draft: &Making, records: Vec<v1::FetchedRecord>) -> Result<(), Failed> {
+    pub(crate) async fn add(&self, draft: &Making, records: Vec<v1::FetchedRecord>) -> Result<(), Failed> {
         let draft = draft.clone();
         let added = self.env.blocking(move || Ok(lock(&draft.0).add(&records))).await;
         match added.map_err(FsError::from).and_then(std::convert::identity) {
@@ -226,6 +268,6 @@ impl Copier {
     }
 }
 
-fn unavailable(status: &tonic::Status) -> FsError {
+pub(crate) fn unavailable(status: &tonic::Status) -> FsError {
     FsError::new(ErrorCode::ErrorUnavailable, status.message())
 }

@@ -6,6 +6,7 @@
 pub mod config;
 mod control;
 mod copy;
+mod gather;
 mod identity;
 mod replica;
 mod server;

@@ -16,6 +16,8 @@ use tonic::{Request, Response, Status, Streaming};
 struct Attached {
     frames: Streaming<v1::NodeFrame>,
     orders: mpsc::Sender<Result<v1::OrderFrame, Status>>,
+    /// What it reported while it carried out orders.
+    told: Vec<v1::ChunkFound>,
 }
 
 impl Attached {
@@ -57,7 +59,9 @@ impl Attached {
         })
         .await;
         loop {
-            if let Some(done) = self.frame().await.done {
+            let frame = self.frame().await;
+            self.told.extend(frame.report.into_iter().flat_map(|report| report.chunks));
+            if let Some(done) = frame.done {
                 assert_eq!(done.id, 5);
                 return done;
             }
@@ -76,7 +80,7 @@ impl v1::control_server::Control for Master {
         request: Request<Streaming<v1::NodeFrame>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
         let (orders, outgoing) = mpsc::channel(16);
-        let attached = Attached { frames: request.into_inner(), orders };
+        let attached = Attached { frames: request.into_inner(), orders, told: Vec::new() };
         self.0.send(attached).await.map_err(|_| Status::unavailable("the test ended"))?;
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
@@ -278,4 +282,70 @@ async fn replicas_that_are_damaged_in_different_places_make_a_whole_one() {
     let done = fourth_master.order(1, copy(7, &[&first, &second], false)).await;
     assert_eq!(refused(done), ErrorCode::ErrorCorrupt);
     assert_eq!(chunk_files(&dir.path().join("d3")).len(), 1, "no half of it stays");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn daemons_gather_a_chunk_each_for_itself_of_what_is_good_and_say_the_same_of_it() {
+    use v1::order::Op;
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (first, mut first_master, _keep) = holder(dir.path(), "d0", 7).await;
+    let (second, _second_master, _keep_too) = holder(dir.path(), "d1", 7).await;
+    let (third, mut third_master, _keep_all) = holder(dir.path(), "d2", 8).await;
+    let piece =
+        |source, offset, length| v1::GatherPiece { source, offset, length, ino: 9, file_offset: offset };
+    let addresses = |daemons: &[&dfs_chunkd::Daemon]| {
+        daemons.iter().map(|daemon| daemon.address().to_owned()).collect::<Vec<_>>()
+    };
+    let order = v1::GatherOrder {
+        chunk: 20,
+        epoch: 2,
+        length: 170_020,
+        sources: vec![
+            v1::GatherSource { chunk: 7, addresses: addresses(&[&first, &second]) },
+            v1::GatherSource { chunk: 8, addresses: addresses(&[&third]) },
+        ],
+        // Across records, beside each other, of another chunk, and a few bytes in the middle of a unit.
+        pieces: vec![
+            piece(0, 50_000, 100_000),
+            piece(0, 150_000, 20_000),
+            piece(1, 350_000, 50_000),
+            piece(0, 399_000, 20),
+        ],
+        bytes_per_second: 0,
+    };
+    // What is here is damaged: the other one has it.
+    damage(dir.path(), "d0", 0);
+    let here = first_master.order(1, Op::Gather(order.clone())).await;
+    assert_eq!((here.failure.clone(), here.length, here.epoch), (None, 170_020, 2));
+    let there = third_master.order(1, Op::Gather(order.clone())).await;
+    assert_eq!((there.failure.clone(), there.length, there.checksum), (None, here.length, here.checksum));
+    let again = third_master.order(1, Op::Gather(order.clone())).await;
+    assert_eq!(again, there, "again");
+    let old = |chunk_offset: u64, length: usize| {
+        let all: Vec<u8> = (0..4).flat_map(|record| payload(record * 100_000, 100_000)).collect();
+        let from = usize::try_from(chunk_offset).expect("small");
+        all[from..from + length].to_vec()
+    };
+    let expected = [old(50_000, 120_000), old(350_000, 50_000), old(399_000, 20)].concat();
+    for daemon in [&first, &third] {
+        let mut client = Client::connect(daemon).await;
+        assert!(client.read(20, 0, 170_020).await.expect("whole") == expected);
+    }
+    assert_eq!(third_master.order(1, Op::Verify(v1::VerifyOrder { chunk: 20 })).await.failure, None);
+    // The master hears of it also if it did not wait for it.
+    while !third_master.told.iter().any(|found| found.chunk == 20 && found.sealed) {
+        let report = third_master.frame().await.report;
+        third_master.told.extend(report.into_iter().flat_map(|report| report.chunks));
+    }
+    // What nobody has is not made, and nothing of it stays.
+    damage(dir.path(), "d1", 0);
+    let lost = third_master.order(1, Op::Gather(v1::GatherOrder { chunk: 21, ..order.clone() })).await;
+    assert_eq!(refused(lost), ErrorCode::ErrorCorrupt);
+    let beyond =
+        v1::GatherOrder { chunk: 22, length: 10, pieces: vec![piece(1, 399_995, 10)], ..order.clone() };
+    let beyond = third_master.order(1, Op::Gather(beyond)).await;
+    assert!(beyond.failure.is_some(), "{beyond:?}");
+    let nonsense = third_master.order(1, Op::Gather(v1::GatherOrder { length: 5, ..order })).await;
+    assert_eq!(refused(nonsense), ErrorCode::ErrorInvalid);
+    assert_eq!(chunk_files(&dir.path().join("d2")).len(), 2, "chunks 8 and 20");
 }

@@ -47,6 +47,9 @@ pub struct Config {
     pub repair_bandwidth: u64,
     /// How long bytes that no file has any more are kept on the chunk daemons at least, for a restore from a backup.
     pub keep_deleted: Duration,
+    /// The same for the compaction of half-dead chunks, and for how long nothing of one may have been removed before.
+    pub compaction_bandwidth: u64,
+    pub compact_after_ms: u64,
     /// How often a leader shows itself, and after how long a silence at least others want to lead (at most twice that).
     pub raft_heartbeat_ms: u64,
     pub raft_election_ms: u64,
@@ -90,6 +93,10 @@ struct File {
     repair_bandwidth: ByteSize,
     #[serde(default)]
     keep_deleted_s: u64,
+    #[serde(default = "compaction_bandwidth")]
+    compaction_bandwidth: ByteSize,
+    #[serde(default = "compact_after_s")]
+    compact_after_s: u64,
     #[serde(default = "raft_heartbeat_ms")]
     raft_heartbeat_ms: u64,
     #[serde(default = "raft_election_ms")]
@@ -120,6 +127,12 @@ const fn state_cache() -> ByteSize {
 }
 const fn repair_bandwidth() -> ByteSize {
     ByteSize(limits::REPAIR_BANDWIDTH)
+}
+const fn compaction_bandwidth() -> ByteSize {
+    ByteSize(limits::COMPACTION_BANDWIDTH)
+}
+const fn compact_after_s() -> u64 {
+    limits::COMPACT_AFTER_MS / 1000
 }
 const fn snapshot_every() -> u64 {
     50_000
@@ -158,6 +171,8 @@ impl Config {
             root_squash: Vec::new(),
             repair_bandwidth: repair_bandwidth().get(),
             keep_deleted: Duration::ZERO,
+            compaction_bandwidth: compaction_bandwidth().get(),
+            compact_after_ms: compact_after_s() * 1000,
             raft_heartbeat_ms: raft_heartbeat_ms(),
             raft_election_ms: raft_election_ms(),
             storage: Storage::Disk,
@@ -227,6 +242,7 @@ impl Config {
         within("snapshot_every", self.snapshot_every_entries, 100, 100_000_000)?;
         within("session_ttl_s", self.session_ttl_ms, 1000, 3_600_000)?;
         within("keep_deleted_s", self.keep_deleted.as_secs().saturating_mul(1000), 0, KEEP_DELETED_MAX_MS)?;
+        within("compact_after_s", self.compact_after_ms, 0, 86_400_000)?;
         within("raft_heartbeat_ms", self.raft_heartbeat_ms, 10, 10_000)?;
         within("raft_election_ms", self.raft_election_ms, self.raft_heartbeat_ms * 2, 60_000)?;
         self.check_peers()
@@ -281,6 +297,7 @@ impl File {
             }
         }
         let ttl = self.session_ttl_s.checked_mul(1000);
+        let compact_after = self.compact_after_s.checked_mul(1000);
         let config = Config {
             id: self.id,
             listen: self.listen,
@@ -298,6 +315,9 @@ impl File {
             root_squash: self.root_squash.into_iter().map(canonical).collect(),
             repair_bandwidth: self.repair_bandwidth.get(),
             keep_deleted: Duration::from_secs(self.keep_deleted_s),
+            compaction_bandwidth: self.compaction_bandwidth.get(),
+            compact_after_ms: compact_after
+                .ok_or_else(|| ConfigError("compact_after_s is too large".to_owned()))?,
             raft_heartbeat_ms: self.raft_heartbeat_ms,
             raft_election_ms: self.raft_election_ms,
             storage: Storage::Disk,

@@ -4,6 +4,7 @@
 //! `seal.rs` decide what the leader keeps in memory or does in the background, purely too. `server/` connects them with
 //! clients and chunk daemons.
 
+pub mod compact;
 pub mod config;
 pub mod leases;
 pub mod operate;
@@ -58,6 +59,8 @@ pub async fn start(env: Env, config: Config) -> Result<Master, StartError> {
         root_squash: config.root_squash,
         repair_bandwidth: config.repair_bandwidth,
         keep_deleted: config.keep_deleted,
+        compaction_bandwidth: config.compaction_bandwidth,
+        compact_after: Duration::from_millis(config.compact_after_ms),
     };
     let shared = Shared::new(env, Arc::clone(&node), config.key, address.clone(), settings);
     let (stop, stopped) = oneshot::channel();

@@ -95,7 +95,9 @@ impl<'a> Replicas<'a> {
         self.is_good(holder) && holder.health <= Health::Doubted && holder.reported
     }
 
-    fn good(&self) -> usize {
+    /// How many good replicas there are.
+    #[must_use]
+    pub fn good(&self) -> usize {
         self.holders.iter().filter(|holder| self.is_good(holder)).count()
     }
 

@@ -151,6 +151,17 @@ pub const SLOWEST_COPY: u64 = 1 << 20;
 pub const REPAIR_BANDWIDTH: u64 = 200 << 20;
 /// How long whoever takes or makes a backup may stand still.
 pub const BACKUP_PROGRESS_MS: u64 = 30_000;
+/// Bytes of chunks that are compacted which each daemon copies in a second at most (setting; 0: no limit).
+pub const COMPACTION_BANDWIDTH: u64 = 64 << 20;
+/// For how long nothing of a half-dead chunk may have been removed before it is compacted (setting), and after how many times
+/// as long it is compacted all the same.
+pub const COMPACT_AFTER_MS: u64 = 10_000;
+pub const COMPACT_PATIENCE: u32 = 6;
+/// Compactions at once; the most chunks and pieces of them that one makes a chunk of; extents moved with one command.
+pub const COMPACTIONS_AT_ONCE: usize = 4;
+pub const GATHER_SOURCES_MAX: usize = 64;
+pub const GATHER_PIECES_MAX: usize = 65_536;
+pub const MOVES_PER_COMMAND: usize = 512;
 /// The most chunks in one report and orders carried out at once.
 pub const REPORT_CHUNKS: usize = 4096;
 pub const ORDERS_AT_ONCE: usize = 64;

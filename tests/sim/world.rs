@@ -34,7 +34,10 @@ pub const FAULTS_END: Duration = Duration::from_secs(25);
 /// How often a daemon came by at a leader that was replaced, and how often two masters' states were compared.
 pub const OLD_LEADER: &str = "an old leader was met";
 pub const COMPARED: &str = "states compared";
+pub const COMPACTED: &str = "a chunk was compacted";
 const THINK: Duration = Duration::from_millis(15);
+/// Compaction must happen within a short run, too.
+const COMPACT_AFTER_MS: u64 = 1_000;
 const SESSION_TTL: Duration = Duration::from_secs(20);
 /// How many times in a row, a tenth of a second apart, masters must be alike to be at rest; and how often it is looked.
 const QUIET: u32 = 20;
@@ -93,6 +96,7 @@ pub fn run(seed: u64, faults: Faults) -> Result<Report, Violation> {
     report.extend(damage.0.into_iter().map(|(what, count)| (what.to_owned(), count)));
     report.insert(OLD_LEADER.to_owned(), cluster.greeted.load(Ordering::Relaxed));
     report.insert(COMPARED.to_owned(), watch.compared());
+    report.insert(COMPACTED.to_owned(), watch.compacted());
     Ok(report)
 }
 
@@ -162,6 +166,7 @@ fn start_master(sim: &mut turmoil::Sim<'_>, id: u64, seed: u64, session_ttl: Dur
             config.chunk_size = CHUNK_SIZE;
             // Snapshots and purges must happen within a short run.
             config.snapshot_every_entries = 200;
+            config.compact_after_ms = COMPACT_AFTER_MS;
             config.session_ttl_ms = u64::try_from(session_ttl.as_millis()).expect("short");
             config.raft_heartbeat_ms = 100;
             config.raft_election_ms = 500;

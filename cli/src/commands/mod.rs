@@ -5,6 +5,7 @@ mod cat;
 mod client;
 mod df;
 mod fsck;
+mod gc;
 mod get;
 mod leader;
 mod ls;
@@ -88,6 +89,8 @@ enum Command {
     Master(master::Command),
     /// Check the whole cluster while it works: metadata, and that every replica is there
     Fsck(fsck::Args),
+    /// Give space back at once that files need no more, or say how much that is
+    Gc(gc::Args),
     /// Manage the clients
     #[command(subcommand)]
     Client(client::Command),
@@ -141,6 +144,7 @@ pub async fn run(cli: Cli) -> Result {
         Command::Node(command) => node::run(&context, command).await,
         Command::Master(command) => master::run(&context, command).await,
         Command::Fsck(args) => fsck::run(&context, args).await,
+        Command::Gc(args) => gc::run(&context, args).await,
         Command::Client(command) => client::run(&context, command).await,
         Command::Sync(args) => sync::run(&context, args).await,
     }

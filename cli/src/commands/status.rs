@@ -113,6 +113,15 @@ fn human(status: &StatusReply) -> String {
             format::size(repair.bytes_per_second)
         ));
     }
+    if let Some(compaction) =
+        status.compaction.filter(|compaction| compaction.waiting + compaction.running > 0)
+    {
+        text.push_str(&format!(
+            "compact   {} half-dead chunks wait or are copied, {} of each replica are dead\n",
+            compaction.waiting,
+            format::size(compaction.waiting_bytes)
+        ));
+    }
     text.push_str(&format!(
         "raft      term {}, applied {}, snapshot {}\n\n",
         status.term, status.applied, status.snapshot
@@ -227,8 +236,12 @@ fn to_json(status: &StatusReply) -> Value {
     let repair = json!({"waiting": repair.waiting, "copying": repair.copying, "copied": repair.copied,
                         "copied_bytes": repair.copied_bytes, "failed": repair.failed,
                         "bytes_per_second": repair.bytes_per_second, "flawed": repair.flawed});
+    let compaction = status.compaction.unwrap_or_default();
+    let compaction = json!({"waiting": compaction.waiting, "waiting_bytes": compaction.waiting_bytes,
+                            "running": compaction.running, "compacted": compaction.compacted,
+                            "moved_bytes": compaction.moved_bytes, "failed": compaction.failed});
     json!({
-        "repair": repair, "cluster_id": status.cluster_id, "term": status.term, "applied": status.applied,
+        "compaction": compaction, "repair": repair, "cluster_id": status.cluster_id, "term": status.term, "applied": status.applied,
         "snapshot": status.snapshot, "masters": master_json(&status.masters), "nodes": node_json(&status.nodes), "sessions": sessions,
         "files": status.files, "chunks": status.chunks, "live_bytes": status.live_bytes,
         "total_bytes": status.total_bytes, "free_bytes": status.free_bytes, "replicas": status.replicas,

@@ -82,6 +82,8 @@ impl Cluster {
             root_squash: Vec::new(),
             repair_bandwidth: 0,
             keep_deleted: Duration::ZERO,
+            compaction_bandwidth: 0,
+            compact_after_ms: 10_000,
             raft_heartbeat_ms: 100,
             raft_election_ms: 500,
             storage: Storage::Disk,

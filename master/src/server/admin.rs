@@ -1,6 +1,7 @@
 //! The Admin service: what `dfs status` shows.
 
 use super::census::Census;
+use super::compacting;
 use super::nodes::millis;
 use super::repairing::Progress;
 use super::term::Term;
@@ -11,17 +12,22 @@ use crate::state;
 use dfs_env::Seldom;
 use dfs_proto::v1::change_node_request::Change;
 use dfs_proto::v1::{
-    self, MasterStatus, NodeStatus, RepairStatus, SessionStatus, StatusReply, StatusRequest, system,
+    self, CompactionStatus, MasterStatus, NodeStatus, RepairStatus, SessionStatus, StatusReply,
+    StatusRequest, system,
 };
 use dfs_proto::{InodeNo, NodeId, SessionId};
 use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 /// Orphans are counted up to here.
 const ORPHANS_MAX: usize = 100_000;
+
+/// For how long after a wish for it compaction waits for nothing.
+const HURRY: Duration = Duration::from_secs(60);
 
 /// How old a proof may be, in milliseconds.
 const PROOF_MS: u64 = 300_000;
@@ -110,6 +116,22 @@ impl v1::admin_server::Admin for AdminService {
         term.nodes.detach_all();
         tracing::info!("what was made after the restored backup is kept no longer");
         Ok(Response::new(v1::ForgetNewerReply {}))
+    }
+
+    async fn gc(&self, request: Request<v1::GcRequest>) -> Result<Response<v1::GcReply>, Status> {
+        let v1::GcRequest { dry_run, now_ms, proof } = request.into_inner();
+        if !dry_run {
+            self.check_proof("gc", 0, now_ms, &proof)?;
+        }
+        let term = self.shared.term().await.map_err(|_| not_here())?;
+        self.shared.confirm().await.map_err(|_| not_here())?;
+        let reply = super::space::survey(&term).await.map_err(|error| Status::internal(error.to_string()))?;
+        if !dry_run {
+            term.compactions.hurry(term.now() + HURRY);
+            term.walk.notify_one();
+            tracing::info!("space is given back at once");
+        }
+        Ok(Response::new(reply))
     }
 
     async fn change_node(
@@ -247,6 +269,7 @@ fn overview(term: &Term) -> Result<StatusReply, Status> {
         free_bytes: space.free / replicas,
         orphans: orphans as u64,
         repair: Some(repair(&term.repairs.progress(term.now()))),
+        compaction: Some(compaction(&term.compactions.progress())),
     })
 }
 
@@ -259,6 +282,17 @@ fn repair(progress: &Progress) -> RepairStatus {
         failed: progress.failed,
         bytes_per_second: progress.bytes_per_second,
         flawed: progress.flaws,
+    }
+}
+
+fn compaction(progress: &compacting::Progress) -> CompactionStatus {
+    CompactionStatus {
+        waiting: progress.waiting,
+        waiting_bytes: progress.waiting_bytes,
+        running: progress.running,
+        compacted: progress.compacted,
+        moved_bytes: progress.moved_bytes,
+        failed: progress.failed,
     }
 }
 

@@ -47,6 +47,7 @@ pub async fn run(term: Arc<Term>) {
                 if should_seal(&term, chunk) {
                     term.jobs.seal(ChunkId(chunk.chunk), false);
                 }
+                term.compactions.note(chunk, term.now());
                 if chunk.phase() == Phase::Sealed && chunk.live > 0 {
                     super::repairing::consider_state(&term, chunk);
                     if uneven {
@@ -60,7 +61,10 @@ pub async fn run(term: Arc<Term>) {
         }
         *term.census.lock().unwrap_or_else(PoisonError::into_inner) = census;
         term.repairs.tidy(term.now());
-        tokio::time::sleep(REST).await;
+        tokio::select! {
+            () = tokio::time::sleep(REST) => {}
+            () = term.walk.notified() => {}
+        }
     }
 }
 

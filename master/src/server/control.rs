@@ -272,8 +272,12 @@ impl NodeLink {
         let mut unknown = 0;
         for replica in &report.chunks {
             let id = ChunkId(replica.chunk);
-            let chunk = match state::chunk_state(&*kv, id) {
-                Ok(chunk) => chunk,
+            // What compaction is making is judged when that is over. Looked at first: it may become a chunk at any moment.
+            let read = state::is_reserved(&*kv, id)
+                .and_then(|reserved| Ok((reserved, state::chunk_state(&*kv, id)?)));
+            let chunk = match read {
+                Ok((true, _)) => continue,
+                Ok((false, chunk)) => chunk,
                 Err(error) => {
                     store_failed("reading a chunk", &error);
                     continue;

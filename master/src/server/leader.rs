@@ -2,7 +2,7 @@
 
 use super::jobs::Lane;
 use super::term::Term;
-use super::{Gone, Shared, census, change, masters, repairing, sealing, space};
+use super::{Gone, Shared, census, change, compacting, masters, repairing, sealing, space};
 use crate::leases::table::Kind;
 use crate::raft::Leadership;
 use crate::state;
@@ -55,6 +55,7 @@ pub async fn run(shared: Arc<Shared>) {
             work.spawn(sealing::run(Arc::clone(term), Lane::Replicas));
             work.spawn(repairing::run(Arc::clone(term)));
             work.spawn(space::run(Arc::clone(term)));
+            work.spawn(compacting::run(Arc::clone(term)));
             work.spawn(census::run(Arc::clone(term)));
             work.spawn(masters::run(Arc::clone(term)));
         }

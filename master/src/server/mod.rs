@@ -8,6 +8,7 @@ mod answers;
 pub mod backup;
 mod census;
 mod change;
+mod compacting;
 mod connection;
 mod control;
 mod fsck;
@@ -76,6 +77,9 @@ pub struct Settings {
     pub repair_bandwidth: u64,
     /// How long chunks that nobody uses are kept at least.
     pub keep_deleted: Duration,
+    /// The same for compaction, and for how long nothing of a chunk may have been removed before it is compacted.
+    pub compaction_bandwidth: u64,
+    pub compact_after: Duration,
 }
 
 /// This master leads no more, or cannot tell: the peer must look for the leader and ask again.

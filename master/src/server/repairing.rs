@@ -410,22 +410,7 @@ async fn copy(term: &Term, chunk: &ChunkState, to: NodeId, sources: &[NodeId], a
         bytes_per_second: term.shared.settings.repair_bandwidth,
         anew,
     });
-    let slowest = match term.shared.settings.repair_bandwidth {
-        0 => SLOWEST_COPY,
-        limit => SLOWEST_COPY.min(limit / (2 * COPIES_PER_NODE as u64)).max(1),
-    };
-    let wait = Duration::from_millis(COPY_WAIT_MS) + Duration::from_secs(chunk.committed / slowest);
-    let ordered = term.nodes.order(term.number, to, &op, Instant::now() + wait);
-    let dead = async {
-        while term.nodes.health(to) != Health::Dead {
-            tokio::time::sleep(LOOK).await;
-        }
-    };
-    let result = tokio::select! {
-        result = ordered => result,
-        () = dead => Err(OrderError::Away),
-    };
-    match result {
+    match order_bytes(term, to, &op, chunk.committed, term.shared.settings.repair_bandwidth).await {
         Ok(_) => {
             tracing::info!(chunk = %id, node = hex(to), length = chunk.committed, anew, "a replica was made");
             true
@@ -440,6 +425,32 @@ async fn copy(term: &Term, chunk: &ChunkState, to: NodeId, sources: &[NodeId], a
             }
             false
         }
+    }
+}
+
+/// Orders something that moves so many bytes, at most `limit` of them a second (0: no limit) together with others. Bounded by that,
+/// and by the daemon's life.
+pub async fn order_bytes(
+    term: &Term,
+    to: NodeId,
+    op: &order::Op,
+    bytes: u64,
+    limit: u64,
+) -> Result<v1::OrderDone, OrderError> {
+    let slowest = match limit {
+        0 => SLOWEST_COPY,
+        limit => SLOWEST_COPY.min(limit / (2 * COPIES_PER_NODE as u64)).max(1),
+    };
+    let wait = Duration::from_millis(COPY_WAIT_MS) + Duration::from_secs(bytes / slowest);
+    let ordered = term.nodes.order(term.number, to, op, Instant::now() + wait);
+    let dead = async {
+        while term.nodes.health(to) != Health::Dead {
+            tokio::time::sleep(LOOK).await;
+        }
+    };
+    tokio::select! {
+        result = ordered => result,
+        () = dead => Err(OrderError::Away),
     }
 }
 

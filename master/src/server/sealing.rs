@@ -305,15 +305,19 @@ async fn others_have_it(term: &Term, node: NodeId, id: ChunkId) -> bool {
 /// Whether nobody needs a daemon's replica: its chunk was dropped, or is sealed, does not list it and is safe without it.
 fn is_garbage(term: &Term, node: NodeId, id: ChunkId) -> bool {
     let kv = term.kv();
-    match state::chunk_state(&*kv, id).and_then(|chunk| Ok((chunk, state::cluster_row(&*kv)?))) {
-        Ok((Some(chunk), _)) => {
+    // First: what is reserved may become a chunk at any moment, what is not never does.
+    let read = state::is_reserved(&*kv, id)
+        .and_then(|reserved| Ok((reserved, state::chunk_state(&*kv, id)?, state::cluster_row(&*kv)?)));
+    match read {
+        Ok((true, ..)) => false,
+        Ok((false, Some(chunk), _)) => {
             let (holders, flaws) = (term.nodes.holders(&chunk), term.repairs.flaws(id));
             let safe = chunk.live == 0 || Replicas::new(&chunk, &holders, &flaws).is_safe_without(node);
             chunk.phase() == Phase::Sealed && !chunk.nodes.contains(&node.get()) && safe
         }
         // Numbers are given once: one that was given and is not there any more was dropped.
-        Ok((None, Some(cluster))) => state::was_given(&cluster, id),
-        Ok((None, None)) => false,
+        Ok((false, None, Some(cluster))) => state::was_given(&cluster, id),
+        Ok((false, None, None)) => false,
         Err(error) => {
             super::store_failed("reading a chunk", &error);
             false

@@ -5,9 +5,11 @@
 
 use super::jobs::Job;
 use super::term::Term;
+use crate::compact;
 use crate::state;
-use dfs_proto::v1::{self, Timestamp, system, system_answer};
-use dfs_proto::{ChunkId, NodeId};
+use dfs_proto::v1::chunk_state::Phase;
+use dfs_proto::v1::{self, ChunkState, Timestamp, system, system_answer};
+use dfs_proto::{ChunkId, FsResult, InodeNo, NodeId};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +17,9 @@ use std::time::Duration;
 const TICK: Duration = Duration::from_secs(1);
 /// Chunks dropped with one command.
 const BATCH: usize = 256;
+/// Chunks looked at in one go, and up to where orphans are counted.
+const SURVEY_PAGE: usize = 1024;
+const ORPHANS_MAX: usize = 100_000;
 
 /// Drops idle chunks until the term ends.
 pub async fn run(term: Arc<Term>) {
@@ -44,6 +49,36 @@ pub async fn run(term: Arc<Term>) {
                 break;
             }
         }
+    }
+}
+
+/// What may be deleted or compacted now.
+pub async fn survey(term: &Term) -> FsResult<v1::GcReply> {
+    let (kv, mut reply, mut after) = (term.kv(), v1::GcReply::default(), ChunkId(0));
+    let failed = |error: std::io::Error| super::store_failed("looking for space to give back", &error);
+    loop {
+        let page = state::chunks(&*kv, after, SURVEY_PAGE).map_err(failed)?;
+        for chunk in &page {
+            add(&mut reply, chunk);
+        }
+        let Some(last) = page.last().filter(|_| page.len() == SURVEY_PAGE) else { break };
+        after = ChunkId(last.chunk);
+        tokio::task::yield_now().await;
+    }
+    reply.orphans = state::orphans(&*kv, InodeNo(0), ORPHANS_MAX).map_err(failed)?.len() as u64;
+    Ok(reply)
+}
+
+/// Counts a chunk, with all its replicas.
+fn add(reply: &mut v1::GcReply, chunk: &ChunkState) {
+    let replicas = chunk.nodes.len() as u64;
+    if chunk.phase() == Phase::Sealed && chunk.live == 0 {
+        reply.dead_chunks += 1;
+        reply.dead_bytes += chunk.committed * replicas;
+    } else if compact::is_half_dead(chunk) {
+        reply.half_dead_chunks += 1;
+        reply.half_dead_bytes += compact::gain(chunk).get() * replicas;
+        reply.copied_bytes += chunk.live * replicas;
     }
 }
 
@@ -79,4 +114,34 @@ async fn drop_chunks(term: &Term, chunks: &[ChunkId]) -> Result<(), super::Gone>
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_dead_counts_with_all_replicas_and_what_is_open_not_at_all() {
+        let mut reply = v1::GcReply::default();
+        let chunk = |live, phase: Phase| ChunkState {
+            committed: 100,
+            live,
+            phase: phase.into(),
+            nodes: vec![1, 2, 3],
+            ..ChunkState::default()
+        };
+        for (live, phase) in [(0, Phase::Sealed), (10, Phase::Sealed), (50, Phase::Sealed), (0, Phase::Open)]
+        {
+            add(&mut reply, &chunk(live, phase));
+        }
+        let expected = v1::GcReply {
+            dead_chunks: 1,
+            dead_bytes: 300,
+            half_dead_chunks: 1,
+            half_dead_bytes: 270,
+            copied_bytes: 30,
+            orphans: 0,
+        };
+        assert_eq!(reply, expected);
+    }
 }

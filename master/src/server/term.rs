@@ -1,5 +1,6 @@
 //! One term of leadership: everything the leader keeps in memory, from its election to its end.
 
+use super::compacting::{self, Compactions};
 use super::jobs::Jobs;
 use super::memory::{Memory, Session};
 use super::nodes::Nodes;
@@ -14,7 +15,7 @@ use dfs_proto::{ChunkId, FsError, FsResult, NodeId, SessionId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 
 /// The most sessions at a time.
 const SESSIONS_MAX: usize = 65_536;
@@ -32,6 +33,9 @@ pub struct Term {
     pub jobs: Jobs,
     pub repairs: Repairs,
     pub strays: Strays,
+    pub compactions: Compactions,
+    /// Cuts the census's rest short.
+    pub walk: Notify,
     /// Taken by a check of the whole cluster.
     pub fsck: Arc<Semaphore>,
     /// Taken by a backup.
@@ -74,6 +78,9 @@ impl Term {
         let Some(cluster) = cluster else {
             return Ok(Err(FsError::new(ErrorCode::ErrorIo, "the cluster has no settings after Init")));
         };
+        if let Err(error) = compacting::release_all(shared).await? {
+            return Ok(Err(error.during("giving up what another master compacted")));
+        }
         let rows = || {
             Ok((
                 state::sessions(&*kv)?,
@@ -98,6 +105,8 @@ impl Term {
             jobs: Jobs::default(),
             repairs: Repairs::default(),
             strays: Strays::default(),
+            compactions: Compactions::default(),
+            walk: Notify::new(),
             fsck: Arc::new(Semaphore::new(1)),
             backup: Arc::new(Semaphore::new(1)),
             placement: Box::new(Spread),
@@ -131,6 +140,7 @@ impl Term {
         self.ended.send_replace(true);
         self.jobs.close();
         self.repairs.close();
+        self.compactions.close();
     }
 
     /// Becomes true when the term is over.

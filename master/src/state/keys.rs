@@ -23,6 +23,7 @@
 //! 0e   chunk                                   Timestamp: sealed and without live bytes since then
 //! 0f   node, chunk                             nothing: the node holds a replica of the chunk
 //! 10   session, lease kind, bucket             nothing: the session may hold such leases on inodes of the bucket
+//! 11   chunk                                   nothing: the number is reserved for a chunk that is being made by compaction
 //! ```
 
 use dfs_proto::{ByteOffset, ChunkId, InodeNo, NodeId, SessionId};
@@ -54,6 +55,7 @@ pub mod tag {
     pub const IDLE: u8 = 0x0e;
     pub const REPLICA: u8 = 0x0f;
     pub const LEASED: u8 = 0x10;
+    pub const RESERVED: u8 = 0x11;
 }
 
 /// A range of keys: from the first, up to but without the second.
@@ -243,6 +245,17 @@ pub fn orphan(ino: InodeNo) -> Vec<u8> {
 #[must_use]
 pub fn idle(chunk: ChunkId) -> Vec<u8> {
     key(tag::IDLE, &[chunk.get()], &[])
+}
+
+#[must_use]
+pub fn reserved(chunk: ChunkId) -> Vec<u8> {
+    key(tag::RESERVED, &[chunk.get()], &[])
+}
+
+/// The further users of an extent.
+#[must_use]
+pub fn users(chunk: ChunkId, extent: ByteOffset) -> KeyRange {
+    all_with(key(tag::USER, &[chunk.get(), extent.get()], &[]))
 }
 
 #[must_use]

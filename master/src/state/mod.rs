@@ -24,7 +24,7 @@ use dfs_proto::v1::{self, ErrorCode, Timestamp, answer, command, mutation, syste
 use dfs_proto::{FsError, SessionId};
 pub use invariants::{Check, check_invariants};
 pub use kv::{Kv, MemKv, WriteSet};
-use ops::{Caller, State, attr, chunk, create, data, node, orphan, remove, rename, session, xattr};
+use ops::{Caller, State, attr, chunk, create, data, node, orphan, relocate, remove, rename, session, xattr};
 pub use query::{access_of_holder, check_open, layout, query};
 pub use read::*;
 use rows::{OpResult, answered, corrupt, refused};
@@ -216,6 +216,9 @@ fn apply_system(s: &mut State<'_>, op: &v1::System) -> OpResult<system_answer::B
             s.cluster.newer.clear();
             Ok(system_answer::Body::Empty(v1::Empty {}))
         }
+        Some(system::Op::ReserveChunk(_)) => Ok(relocate::reserve(s)),
+        Some(system::Op::ReleaseChunks(op)) => relocate::release(s, op),
+        Some(system::Op::Relocate(op)) => relocate::relocate(s, op),
         None => refused(ErrorCode::ErrorNotSupported, "a command this master does not know"),
     }
 }

@@ -5,7 +5,7 @@ use super::keys::{self, tag};
 use super::kv::{Kv, Tx};
 use super::rows::{corrupt, decode, number};
 use dfs_proto::v1::{self, LeaseKind, Timestamp};
-use dfs_proto::{ChunkId, InodeNo, NodeId, SessionId};
+use dfs_proto::{ByteOffset, ChunkId, InodeNo, NodeId, SessionId};
 use std::io;
 
 /// The cluster's settings and counters; None before Init was applied.
@@ -88,6 +88,33 @@ pub fn unsealed_chunks(kv: &dyn Kv) -> io::Result<Vec<(SessionId, ChunkId)>> {
 pub fn idle_chunks(kv: &dyn Kv, after: ChunkId, limit: usize) -> io::Result<Vec<(ChunkId, Timestamp)>> {
     let range = (keys::idle(ChunkId(after.get() + 1)), keys::table(tag::IDLE).1);
     Tx::new(kv).collect(&range, limit, |key, value| Ok((ChunkId(number(key, 0)?), decode(key, value)?)))
+}
+
+/// Every number that is reserved for a chunk that compaction makes.
+pub fn reserved(kv: &dyn Kv) -> io::Result<Vec<ChunkId>> {
+    Tx::new(kv).collect(&keys::table(tag::RESERVED), usize::MAX, |key, _| Ok(ChunkId(number(key, 0)?)))
+}
+
+/// Whether a number is reserved for a chunk that compaction makes.
+pub fn is_reserved(kv: &dyn Kv, chunk: ChunkId) -> io::Result<bool> {
+    Ok(Tx::new(kv).get(&keys::reserved(chunk))?.is_some())
+}
+
+/// The chunk's extents from `from` on, at most `limit` of them: where each begins, and the row.
+pub fn extents(
+    kv: &dyn Kv,
+    chunk: ChunkId,
+    from: ByteOffset,
+    limit: usize,
+) -> io::Result<Vec<(ByteOffset, v1::ExtentRow)>> {
+    Tx::new(kv).collect(&keys::extents(chunk, from, ByteOffset(u64::MAX)), limit, |key, value| {
+        Ok((ByteOffset(number(key, 1)?), decode(key, value)?))
+    })
+}
+
+/// Whether an extent of a chunk begins there.
+pub fn has_extent(kv: &dyn Kv, chunk: ChunkId, at: ByteOffset) -> io::Result<bool> {
+    Ok(Tx::new(kv).get(&keys::extent(chunk, at))?.is_some())
 }
 
 /// A page of the chunks above `after` of which the node holds a replica.

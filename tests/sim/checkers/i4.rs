@@ -16,6 +16,11 @@ pub struct Owners {
 }
 
 impl Owners {
+    /// How many chunks there were that no session ever appended to.
+    pub fn nobodys(&self) -> u64 {
+        self.seen.values().filter(|owner| **owner == 0).count() as u64
+    }
+
     pub fn observe(&mut self, masters: &[Arc<SimStorage>], replicas: &Replicas) -> Result<(), Violation> {
         for storage in masters {
             let chunks = state::chunks(storage.kv(), ChunkId(0), usize::MAX);

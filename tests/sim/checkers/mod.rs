@@ -60,6 +60,11 @@ impl Watch {
         self.states.compared
     }
 
+    /// How many chunks compaction has made.
+    pub fn compacted(&self) -> u64 {
+        self.owners.nobodys()
+    }
+
     /// A fault damaged a replica.
     pub fn rotten(&mut self, host: &str, chunk: ChunkId) {
         self.lost.rotten.insert((host.to_owned(), chunk));

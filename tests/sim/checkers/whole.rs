@@ -1,5 +1,5 @@
 //! What must be true some time after the last fault: every chunk that somebody needs has all its replicas, whole, on daemons
-//! that live; and no disk keeps what nobody needs.
+//! that live; every half-dead one has been compacted; and no disk keeps what nobody needs.
 
 use crate::chunks::{self, Replica};
 use crate::disk::SimDisk;
@@ -19,6 +19,9 @@ pub fn check(master: &SimStorage, disks: &[(String, SimDisk)]) -> Result<(), Vio
         let id = ChunkId(chunk.chunk);
         if chunk.live > 0 && chunk.phase() != Phase::Sealed {
             return Err(format!("chunk {id} is not sealed: {chunk:?}"));
+        }
+        if dfs_master::compact::is_half_dead(&chunk) {
+            return Err(format!("chunk {id} is half dead and was not compacted: {chunk:?}"));
         }
         if chunk.live > 0 && chunk.nodes.len() != chunk.wanted_replicas as usize {
             return Err(format!("chunk {id} has not the replicas it should: {chunk:?}"));

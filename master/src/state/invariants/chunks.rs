@@ -20,6 +20,11 @@ pub fn check(found: &Found, violations: &mut Violations) {
         let known = found.chunks.get(chunk).is_some_and(|state| state.nodes.contains(node));
         violations.unless(known, || format!("node {node} is said to hold chunk {chunk}"));
     }
+    for chunk in &found.reserved {
+        violations.unless(!found.chunks.contains_key(chunk), || {
+            format!("the number of chunk {chunk}, which exists, is reserved")
+        });
+    }
     for chunk in &found.idle {
         violations.unless(found.chunks.contains_key(chunk), || format!("idle chunk {chunk} does not exist"));
     }

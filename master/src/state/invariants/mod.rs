@@ -108,6 +108,8 @@ struct Found {
     replicas: BTreeSet<(u64, u64)>,
     /// Sessions that may hold leases.
     leased: BTreeSet<u64>,
+    /// Numbers of chunks that are being made.
+    reserved: BTreeSet<u64>,
 }
 
 impl Found {
@@ -166,6 +168,9 @@ impl Found {
             Some(tag::LEASED) => {
                 self.leased.insert(at(0)?);
             }
+            Some(tag::RESERVED) => {
+                self.reserved.insert(at(0)?);
+            }
             _ => return Err(corrupt(key, "a row of no table")),
         }
         Ok(())
@@ -186,6 +191,7 @@ fn check_counters(found: &Found, cluster: &v1::ClusterRow, violations: &mut Viol
     let numbers = [
         ("inode", cluster.next_ino, found.inodes.last_key_value().map(|(number, _)| *number)),
         ("chunk", cluster.next_chunk, found.chunks.last_key_value().map(|(number, _)| *number)),
+        ("reserved chunk", cluster.next_chunk, found.reserved.last().copied()),
         ("session", cluster.next_session, found.sessions.last_key_value().map(|(number, _)| *number)),
     ];
     for (what, next, greatest) in numbers {

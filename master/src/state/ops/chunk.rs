@@ -55,7 +55,7 @@ pub fn alloc(s: &mut State<'_>, by: &Caller<'_>, op: &v1::AllocChunks) -> OpResu
 }
 
 /// Replicas are on different nodes that all exist, at least one.
-fn check_nodes(s: &State<'_>, nodes: &[u64]) -> OpResult<()> {
+pub fn check_nodes(s: &State<'_>, nodes: &[u64]) -> OpResult<()> {
     let different: BTreeSet<u64> = nodes.iter().copied().collect();
     if nodes.is_empty() || different.len() != nodes.len() || nodes.len() > REPLICAS_MAX as usize {
         return refused(
@@ -71,7 +71,7 @@ fn check_nodes(s: &State<'_>, nodes: &[u64]) -> OpResult<()> {
     Ok(())
 }
 
-fn existing(s: &State<'_>, chunk: u64) -> OpResult<ChunkState> {
+pub fn existing(s: &State<'_>, chunk: u64) -> OpResult<ChunkState> {
     match s.tx.find_chunk(ChunkId(chunk))? {
         Some(state) => Ok(state),
         None => refused(ErrorCode::ErrorNoChunk, format!("chunk {chunk} does not exist")),

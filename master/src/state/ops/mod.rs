@@ -7,6 +7,7 @@ pub mod data;
 pub mod node;
 pub mod orphan;
 pub mod policy;
+pub mod relocate;
 pub mod remove;
 pub mod rename;
 pub mod session;

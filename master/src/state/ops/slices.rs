@@ -179,7 +179,8 @@ fn extent_of(s: &State<'_>, slice: &SliceRow) -> io::Result<(Vec<u8>, ExtentRow)
     }
 }
 
-fn add_user(s: &mut State<'_>, slice: &SliceRow, ino: InodeNo, at: ByteOffset) -> io::Result<()> {
+/// The slice at this place uses its extent from now on.
+pub fn add_user(s: &mut State<'_>, slice: &SliceRow, ino: InodeNo, at: ByteOffset) -> io::Result<()> {
     let (key, mut extent) = extent_of(s, slice)?;
     if extent.has_first {
         extent.others += 1;

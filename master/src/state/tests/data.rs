@@ -70,6 +70,11 @@ enum Step {
     NewChunk,
     Seal,
     Replace(usize),
+    /// Begins to compact a sealed chunk; moves so many of the extents that it had then.
+    Compact(usize),
+    Move(usize),
+    /// Another master leads: what was begun is given up.
+    Forget,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -84,7 +89,10 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (file(), at(), len()).prop_map(|(f, a, l)| Step::Allocate(f, a, l)),
         4 => (file(), at(), file(), at(), len()).prop_map(|(f, a, t, b, l)| Step::Copy(f, a, t, b, l)),
         1 => Just(Step::NewChunk),
-        1 => Just(Step::Seal),
+        2 => Just(Step::Seal),
+        2 => (0_usize..8).prop_map(Step::Compact),
+        4 => (1_usize..6).prop_map(Step::Move),
+        1 => Just(Step::Forget),
         1 => file().prop_map(Step::Replace),
     ]
 }
@@ -107,13 +115,33 @@ struct Files {
     models: Vec<Vec<u64>>,
     last: Option<v1::CommitSlice>,
     names: u64,
+    /// Where bytes that were moved come from, by where they are.
+    moved: BTreeMap<u64, u64>,
+    compaction: Option<Compaction>,
+}
+
+/// A chunk that is made of the extents of another: as a leader keeps it in mind.
+struct Compaction {
+    to: u64,
+    length: u64,
+    moves: Vec<v1::Move>,
+    exists: bool,
 }
 
 impl Files {
     fn new() -> Self {
         let w = World::new();
         let inos = ["a", "b", "c"].map(|name| w.file(name)).to_vec();
-        Self { writer: w.writer(), w, inos, models: vec![vec![]; 3], last: None, names: 0 }
+        Self {
+            writer: w.writer(),
+            w,
+            inos,
+            models: vec![vec![]; 3],
+            last: None,
+            names: 0,
+            moved: BTreeMap::new(),
+            compaction: None,
+        }
     }
 
     fn commit(&mut self, file: usize, slices: Vec<v1::CommitSlice>) {
@@ -177,6 +205,63 @@ impl Files {
         }
     }
 
+    fn compact(&mut self, which: usize) {
+        let all = chunks(&self.w.kv, ChunkId(0), 1000).unwrap();
+        let used =
+            |chunk: &&v1::ChunkState| chunk.phase() == v1::chunk_state::Phase::Sealed && chunk.live > 0;
+        let Some(chunk) = all.iter().filter(used).nth(which) else { return };
+        self.forget();
+        let rows = extents(&self.w.kv, ChunkId(chunk.chunk), dfs_proto::ByteOffset(0), 1000).unwrap();
+        let (mut moves, mut length) = (Vec::new(), 0);
+        for (at, row) in rows {
+            moves.push(v1::Move {
+                chunk: chunk.chunk,
+                extent: at.get(),
+                length: row.length,
+                to_offset: length,
+            });
+            length += row.length;
+        }
+        assert_eq!(length, chunk.live);
+        let reserved = self.w.system(system::Op::ReserveChunk(v1::ReserveChunk {})).unwrap();
+        let system_answer::Body::Chunks(list) = reserved else { panic!("{reserved:?}") };
+        self.compaction = Some(Compaction { to: list.chunks[0], length, moves, exists: false });
+    }
+
+    fn relocate(&mut self, count: usize) {
+        let Some(mut plan) = self.compaction.take() else { return };
+        let moves: Vec<v1::Move> = plan.moves.drain(..count.min(plan.moves.len())).collect();
+        for extent in &moves {
+            for at in 0..extent.length {
+                let old = place(extent.chunk, extent.extent + at);
+                let origin = self.moved.get(&old).copied().unwrap_or(old);
+                self.moved.insert(place(plan.to, extent.to_offset + at), origin);
+            }
+        }
+        let replicas = 3;
+        let new =
+            (!plan.exists).then(|| v1::NewChunk { length: plan.length, nodes: vec![1, 2, 3], replicas });
+        let before: Vec<_> = self.inos.iter().map(|ino| self.w.attr(*ino).unwrap()).collect();
+        self.w.system(system::Op::Relocate(v1::Relocate { to: plan.to, new, moves })).unwrap();
+        let after: Vec<_> = self.inos.iter().map(|ino| self.w.attr(*ino).unwrap()).collect();
+        assert_eq!(before, after, "not even the version");
+        plan.exists = true;
+        self.compaction = (!plan.moves.is_empty()).then_some(plan);
+    }
+
+    fn forget(&mut self) {
+        let Some(plan) = self.compaction.take() else { return };
+        let release = v1::ReleaseChunks { chunks: vec![plan.to] };
+        let released = self.w.system(system::Op::ReleaseChunks(release)).unwrap();
+        let expected = if plan.exists { vec![] } else { vec![plan.to] };
+        assert_eq!(released, system_answer::Body::Chunks(v1::ChunkList { chunks: expected }));
+        if !plan.exists {
+            let new = Some(v1::NewChunk { length: plan.length, nodes: vec![1], replicas: 1 });
+            let late = v1::Relocate { to: plan.to, new, moves: plan.moves };
+            assert_eq!(code(self.w.system(system::Op::Relocate(late))), ErrorCode::ErrorNoChunk);
+        }
+    }
+
     fn run(&mut self, step: &Step) {
         match *step {
             Step::Write(file, at, len) => {
@@ -209,6 +294,9 @@ impl Files {
                 self.w.seal(self.writer.chunk.chunk);
                 self.writer = self.w.writer();
             }
+            Step::Compact(which) => self.compact(which),
+            Step::Move(count) => self.relocate(count),
+            Step::Forget => self.forget(),
             Step::Replace(file) => {
                 let name = ["a", "b", "c"][file];
                 self.names += 1;
@@ -224,7 +312,9 @@ impl Files {
     fn check(&self) {
         self.w.check();
         for (ino, model) in self.inos.iter().zip(&self.models) {
-            assert_eq!(&self.w.bytes(*ino), model);
+            let origin = |at: u64| self.moved.get(&at).copied().unwrap_or(at);
+            let bytes: Vec<u64> = self.w.bytes(*ino).into_iter().map(origin).collect();
+            assert_eq!(&bytes, model);
             let mapped = model.iter().filter(|byte| **byte != 0).count() as u64;
             assert_eq!(self.w.attr(*ino).unwrap().blocks, mapped.div_ceil(512));
         }
@@ -235,12 +325,13 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 192, ..ProptestConfig::default() })]
 
     #[test]
-    fn files_read_as_plain_arrays_whatever_is_done_to_them(steps in prop::collection::vec(step(), 1..40)) {
+    fn files_read_as_plain_arrays_whatever_is_done_to_them(steps in prop::collection::vec(step(), 1..60)) {
         let mut files = Files::new();
         for step in &steps {
             files.run(step);
             files.check();
         }
+        files.forget();
         for name in ["a", "b", "c"] {
             files.w.unlink(&root(), ROOT, name, false).unwrap();
         }
@@ -376,6 +467,73 @@ fn sealing_is_refused_below_what_is_committed_and_idle_chunks_are_dropped() {
     assert_eq!(drop(), system_answer::Body::Chunks(v1::ChunkList { chunks: vec![chunk] }));
     assert_eq!(chunk_state(&w.kv, ChunkId(chunk)).unwrap(), None);
     w.check();
+}
+
+#[test]
+fn what_is_compacted_moves_with_all_its_users_and_the_old_chunk_becomes_idle() {
+    let mut files = Files::new();
+    files.run(&Step::Write(0, 0, 50));
+    files.run(&Step::Write(1, 0, 50));
+    files.run(&Step::Copy(0, 0, 2, 10, 50));
+    files.run(&Step::Punch(0, 10, 10));
+    let old = files.writer.chunk.chunk;
+    files.run(&Step::Seal);
+    files.run(&Step::Compact(0));
+    let to = files.compaction.as_ref().unwrap().to;
+    assert!(is_reserved(&files.w.kv, ChunkId(to)).unwrap());
+    // Since it was copied: one extent has lost a user, the other one all.
+    files.run(&Step::Replace(1));
+    files.run(&Step::Truncate(0, 30));
+    files.run(&Step::Move(5));
+    files.check();
+    let state = |chunk| chunk_state(&files.w.kv, ChunkId(chunk)).unwrap().unwrap();
+    assert_eq!((state(old).live, state(to).live, state(to).committed), (0, 50, 100));
+    assert_eq!((state(to).nodes, state(to).wanted_replicas), (vec![1, 2, 3], 3));
+    assert_eq!(reserved(&files.w.kv).unwrap(), vec![]);
+    assert_eq!(idle_chunks(&files.w.kv, ChunkId(0), 9).unwrap().len(), 1);
+    // Only what is sealed is moved, to where there is a place, and once.
+    let relocate = |to, moved: v1::Move| {
+        code(files.w.system(system::Op::Relocate(v1::Relocate { to, new: None, moves: vec![moved] })))
+    };
+    let own = v1::Move { chunk: to, extent: 0, length: 50, to_offset: 50 };
+    assert_eq!(relocate(to, own), ErrorCode::ErrorConflict);
+    assert_eq!(relocate(old, v1::Move { length: 49, to_offset: 0, ..own }), ErrorCode::ErrorConflict);
+    assert_eq!(relocate(old, v1::Move { to_offset: 51, ..own }), ErrorCode::ErrorConflict);
+    assert_eq!(relocate(files.writer.chunk.chunk, own), ErrorCode::ErrorConflict);
+    assert_eq!(relocate(99, own), ErrorCode::ErrorNoChunk);
+}
+
+#[test]
+fn an_extent_of_many_users_moves_in_steps() {
+    let w = World::new();
+    let (ino, mut writer) = (w.file("f"), w.writer());
+    w.commit(ino, vec![writer.slice(0, 2)]).unwrap();
+    let users = REAP_ROWS_MAX as u64 + 100;
+    for at in 1..users {
+        let op = v1::CopyRange {
+            from: ino,
+            from_offset: 0,
+            to: ino,
+            to_offset: at * 2,
+            length: 1,
+            ..Default::default()
+        };
+        w.mutate(&root(), mutation::Op::CopyRange(op)).unwrap();
+    }
+    let old = writer.chunk.chunk;
+    w.seal(old);
+    let reserved = w.system(system::Op::ReserveChunk(v1::ReserveChunk {})).unwrap();
+    let system_answer::Body::Chunks(list) = reserved else { panic!("{reserved:?}") };
+    let to = list.chunks[0];
+    let mut new = Some(v1::NewChunk { length: 2, nodes: vec![1, 2], replicas: 2 });
+    for (left, live) in [(2, 2), (0, 2)] {
+        let moves = vec![v1::Move { chunk: old, extent: 0, length: 2, to_offset: 0 }];
+        w.system(system::Op::Relocate(v1::Relocate { to, new: new.take(), moves })).unwrap();
+        w.check();
+        let live_of = |chunk| chunk_state(&w.kv, ChunkId(chunk)).unwrap().unwrap().live;
+        assert_eq!((live_of(old), live_of(to)), (left, live));
+    }
+    assert_eq!(chunk_state(&w.kv, ChunkId(to)).unwrap().unwrap().wanted_replicas, 3, "the higher wish");
 }
 
 #[test]
