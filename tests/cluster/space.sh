@@ -45,6 +45,30 @@ wait_for 30 half_dead || fail "gc --dry-run sees $chunks half-dead chunks, $byte
 dfs gc "${KEY[@]}" --dry-run
 refused 1 'the proof is wrong' bash -c 'echo "the key of another cluster" >"$1"; exec dfs gc --cluster-key-file "$1"' _ "$WORK/other.key"
 
+step "a program has files open and has read a little: this client knows where their bytes are now"
+cat >"$WORK/holder.py" <<'PY'
+import hashlib, mmap, os, sys
+top, sums, ready = sys.argv[1:]
+want = {name: sum for sum, name in (line.split() for line in open(sums)) if name.startswith("./d/")}
+buffer = mmap.mmap(-1, 1 << 17)   # aligned, as O_DIRECT wants it
+held = []
+for name in sorted(want)[:100]:
+    fd = os.open(os.path.join(top, name), os.O_RDONLY | os.O_DIRECT)
+    os.preadv(fd, [memoryview(buffer)[:512]], 512)
+    held.append((fd, name))
+open(ready, "w").close()
+sys.stdin.read()
+for fd, name in held:
+    data, count = b"", 0
+    while count := os.preadv(fd, [buffer], len(data)): data += buffer[:count]
+    assert hashlib.sha256(data).hexdigest() == want[name], name
+PY
+mkfifo "$WORK/go"
+python3 "$WORK/holder.py" "$MNT" "$WORK/sums" "$WORK/ready" <"$WORK/go" &
+holder=$!
+exec 8>"$WORK/go"
+wait_for 30 test -e "$WORK/ready" || fail "the files were not opened"
+
 step "they are compacted while files are read and written"
 read_on() { while [[ ! -e $WORK/stop ]]; do right || { touch "$WORK/wrong"; return; }; done; }
 write_on() { local i=0; while [[ ! -e $WORK/stop ]]; do head -c 30000 /dev/urandom >"$MNT/w$((i++ % 5))" || touch "$WORK/wrong"; sleep 0.2; done; }
@@ -63,6 +87,8 @@ wait "$reader" "$writer"
 is 's["compaction"]["compacted"] > 0 and s["compaction"]["failed"] == 0' || fail "$(dfs status --json)"
 [[ $(sha256sum <&9) == "$held" ]] || fail "a removed file that is open changed"
 exec 9<&-
+exec 8>&-
+wait "$holder" || fail "a file that was open all the time changed, or could not be read"
 
 step "everything that is left is right, also through a client that never saw the old chunks, and after a restart"
 right || fail "a file changed"
