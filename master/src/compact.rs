@@ -37,8 +37,9 @@ struct Seen {
     /// When it was first found, and since when it has lost nothing.
     since: Duration,
     quiet: Duration,
-    /// Until when it is left alone.
+    /// Until when it is left alone, as it could not be compacted.
     rests: Duration,
+    failed: bool,
 }
 
 /// Half-dead chunks, as the census finds them.
@@ -56,8 +57,14 @@ impl Waiting {
         if self.0.len() >= WAITING_MAX && !self.0.contains_key(&id) {
             return;
         }
-        let fresh =
-            Seen { live: chunk.live, gain: gain(chunk), since: now, quiet: now, rests: Duration::ZERO };
+        let fresh = Seen {
+            live: chunk.live,
+            gain: gain(chunk),
+            since: now,
+            quiet: now,
+            rests: Duration::ZERO,
+            failed: false,
+        };
         let seen = self.0.entry(id).or_insert(fresh);
         if seen.live != chunk.live {
             (seen.live, seen.gain, seen.quiet) = (chunk.live, gain(chunk), now);
@@ -69,11 +76,17 @@ impl Waiting {
         self.0.remove(&chunk);
     }
 
-    /// It could not be compacted: it is left alone until then.
-    pub fn rest(&mut self, chunk: ChunkId, until: Duration) {
+    /// It could not be compacted: it is left alone until then. `failed`: it may be to blame.
+    pub fn rest(&mut self, chunk: ChunkId, until: Duration, failed: bool) {
         if let Some(seen) = self.0.get_mut(&chunk) {
-            seen.rests = until;
+            (seen.rests, seen.failed) = (until, seen.failed || failed);
         }
+    }
+
+    /// Whether it could not be compacted before: it may have been to blame, so it goes alone.
+    #[must_use]
+    pub fn has_failed(&self, chunk: ChunkId) -> bool {
+        self.0.get(&chunk).is_some_and(|seen| seen.failed)
     }
 
     /// How many wait, and how many bytes every one of their replicas would give back together.
@@ -222,7 +235,8 @@ mod tests {
         }
         assert_eq!(waiting.ripe(at(59), AFTER), ids(&[2]));
         assert_eq!(waiting.ripe(at(60), AFTER), ids(&[1, 2]));
-        waiting.rest(ChunkId(1), at(70));
+        waiting.rest(ChunkId(1), at(70), true);
+        assert!(waiting.has_failed(ChunkId(1)) && !waiting.has_failed(ChunkId(2)));
         assert_eq!((waiting.ripe(at(60), AFTER), waiting.ripe(at(70), AFTER)), (ids(&[2]), ids(&[1, 2])));
         // One that needs nothing any more does not wait.
         waiting.note(&chunk(2, 0, 100), at(70));

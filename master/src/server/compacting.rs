@@ -54,6 +54,16 @@ struct Inner {
     closed: bool,
 }
 
+/// How a compaction ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Made,
+    /// There are not enough daemons with space.
+    NoPlace,
+    /// A source or a target failed.
+    Failed,
+}
+
 /// How far compaction is.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 pub struct Progress {
@@ -104,22 +114,22 @@ impl Compactions {
         ripe
     }
 
-    fn ended(&self, sources: &[ChunkState], done: Option<u64>, now: Duration) {
+    fn ended(&self, sources: &[ChunkState], end: End, now: Duration) {
         let mut inner = self.inner();
         for id in sources.iter().map(|chunk| ChunkId(chunk.chunk)) {
             inner.busy.remove(&id);
-            if done.is_some() {
-                inner.waiting.forget(id);
-            } else {
-                inner.waiting.rest(id, now + REST);
+            match end {
+                End::Made => inner.waiting.forget(id),
+                End::NoPlace | End::Failed => inner.waiting.rest(id, now + REST, end == End::Failed),
             }
         }
-        match done {
-            Some(bytes) => {
+        match end {
+            End::Made => {
                 inner.progress.compacted += sources.len() as u64;
-                inner.progress.moved_bytes += bytes;
+                inner.progress.moved_bytes += sources.iter().map(|chunk| chunk.live).sum::<u64>();
             }
-            None => inner.progress.failed += 1,
+            End::NoPlace => {}
+            End::Failed => inner.progress.failed += 1,
         }
         drop(inner);
         self.wake.notify_one();
@@ -166,21 +176,28 @@ fn next(term: &Term) -> Option<Vec<ChunkState>> {
             break;
         }
     }
-    let sources = compact::together(chunks, ByteLen(term.chunk_size));
     let mut inner = compactions.inner();
+    let has_failed = |chunk: &ChunkState| inner.waiting.has_failed(ChunkId(chunk.chunk));
+    if chunks.first().is_some_and(has_failed) {
+        chunks.truncate(1);
+    } else {
+        // One that has a byte which nobody has must not stop the others for ever.
+        chunks.retain(|chunk| !has_failed(chunk));
+    }
+    let sources = compact::together(chunks, ByteLen(term.chunk_size));
     inner.busy.extend(sources.iter().map(|chunk| ChunkId(chunk.chunk)));
     (!sources.is_empty()).then_some(sources)
 }
 
 async fn compact(term: &Term, sources: Vec<ChunkState>) -> Result<(), Gone> {
-    let moved = match recipe(term, &sources).await {
-        Ok(recipe) => make(term, &sources, &recipe).await?.then_some(recipe.length),
+    let end = match recipe(term, &sources).await {
+        Ok(recipe) => make(term, &sources, &recipe).await?,
         Err(error) => {
             super::store_failed("reading a chunk's extents", &error);
-            None
+            End::Failed
         }
     };
-    term.compactions.ended(&sources, moved, term.now());
+    term.compactions.ended(&sources, end, term.now());
     Ok(())
 }
 
@@ -205,17 +222,17 @@ async fn recipe(term: &Term, sources: &[ChunkState]) -> std::io::Result<Recipe> 
     Ok(recipe)
 }
 
-/// Has the new chunk made and moves the extents. False: it could not be made, and nothing is left of it.
-async fn make(term: &Term, sources: &[ChunkState], recipe: &Recipe) -> Result<bool, Gone> {
+/// Has the new chunk made and moves the extents. If it could not be made, nothing is left of it.
+async fn make(term: &Term, sources: &[ChunkState], recipe: &Recipe) -> Result<End, Gone> {
     let Some(nodes) = choose(term, sources, recipe) else {
         tracing::debug!(chunk = sources[0].chunk, "there is no place to compact it to");
-        return Ok(false);
+        return Ok(End::NoPlace);
     };
     let id = match term.shared.system(system::Op::ReserveChunk(v1::ReserveChunk {})).await? {
         Ok(system_answer::Body::Chunks(list)) if list.chunks.len() == 1 => ChunkId(list.chunks[0]),
         other => {
             tracing::warn!(?other, "no number for a new chunk");
-            return Ok(false);
+            return Ok(End::Failed);
         }
     };
     let made = gather(term, id, sources, recipe, &nodes).await;
@@ -227,13 +244,13 @@ async fn make(term: &Term, sources: &[ChunkState], recipe: &Recipe) -> Result<bo
     });
     let first = recipe.moves.len().min(MOVES_PER_COMMAND);
     if !made || !relocate(term, id, new.take(), &recipe.moves[..first]).await? {
-        return give_up(term, id, &nodes).await.map(|()| false);
+        return give_up(term, id, &nodes).await.map(|()| End::Failed);
     }
     let chunks = sources.len();
     tracing::info!(chunk = %id, of = chunks, length = recipe.length, "half-dead chunks were made one");
     move_rest(term, id, &recipe.moves).await?;
     repairing::consider(term, id);
-    Ok(true)
+    Ok(End::Made)
 }
 
 fn choose(term: &Term, sources: &[ChunkState], recipe: &Recipe) -> Option<Vec<NodeId>> {
