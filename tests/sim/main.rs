@@ -94,7 +94,11 @@ fn no_seed_breaks_an_invariant() {
     let report = seeds::all(Scenario::World, seeds);
     println!("{report:?}");
     // What never happened was not tested.
-    let must = faults::everything().chain(strikes::MUST).chain([world::OLD_LEADER, world::COMPARED, world::COMPACTED]);
+    let must = faults::everything().chain(strikes::MUST).chain([
+        world::OLD_LEADER,
+        world::COMPARED,
+        world::COMPACTED,
+    ]);
     for what in must {
         assert!(few || report.get(what).is_some_and(|count| *count > 0), "never: {what}: {report:?}");
     }
