@@ -78,7 +78,7 @@ except OSError as error:
     print(errno.errorcode[error.errno])
 PY
 writer=$!
-wait_for 20 grep -q open "$WORK/open.out" || fail "no file was opened"
+wait_for 20 grep -qs open "$WORK/open.out" || fail "no file was opened"
 fill 1
 wait_for 20 full || fail "a full disk: $(try full)"
 for _ in 1 2 3 4 5; do
