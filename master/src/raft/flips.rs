@@ -111,7 +111,7 @@ fn open(dir: &Path) -> Result<(Told, Rows), String> {
         assert!(!line.is_empty() && !line.contains('\n'), "{line:?}");
         line
     };
-    let opened = match open_disk(dir, &key().cluster_id(), 1, false, CACHE) {
+    let opened = match open_disk(&Env::real(), dir, &key().cluster_id(), 1, false, CACHE, 0) {
         Ok(opened) => opened,
         Err(StartError::Usage(line) | StartError::Failed(line)) => return Err(refused(line)),
     };
