@@ -9,9 +9,11 @@ use crate::store::orders::Settled;
 use bytes::Bytes;
 use dfs_proto::checksum::{crc32c, unit_checksums};
 use dfs_proto::error::ErrorCode;
-use dfs_proto::limits::{FETCH_PROGRESS_MS, GATHER_PIECES_MAX, GATHER_SOURCES_MAX, RECORD_MAX};
+use dfs_proto::limits::{
+    FETCH_PROGRESS_MS, FETCH_TOKEN_MS, GATHER_PIECES_MAX, GATHER_SOURCES_MAX, RECORD_MAX,
+};
 use dfs_proto::{ByteLen, ChunkId, Epoch, FsError, FsResult, PROTOCOL_VERSION, v1};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -102,6 +104,13 @@ impl Reader {
     }
 }
 
+/// Other daemons that pieces are taken from, each for a chunk: open streams, and those that failed.
+#[derive(Default)]
+struct Readers {
+    open: BTreeMap<(u64, String), Reader>,
+    failed: BTreeSet<(u64, String)>,
+}
+
 /// The bytes that were asked for out of whole units, each verified.
 fn cut(start: u64, units: &[v1::Unit], data: &Bytes, offset: u64, length: usize) -> FsResult<Bytes> {
     let corrupt = || FsError::new(ErrorCode::ErrorCorrupt, format!("damaged bytes at {offset}"));
@@ -127,6 +136,12 @@ impl Copier {
     /// ERROR_INVALID; ERROR_NO_SPACE; ERROR_UNAVAILABLE or ERROR_CORRUPT when a piece is not to be had; what the disk says.
     pub async fn gather_pieces(&self, order: v1::GatherOrder) -> FsResult<Settled> {
         check(&order)?;
+        let wait = Duration::from_millis(if order.wait_ms > 0 { order.wait_ms } else { FETCH_TOKEN_MS });
+        let late = |_| FsError::new(ErrorCode::ErrorTimedOut, format!("not gathered within {wait:?}"));
+        tokio::time::timeout(wait, self.gather_all(&order)).await.map_err(late)?
+    }
+
+    async fn gather_all(&self, order: &v1::GatherOrder) -> FsResult<Settled> {
         let what = Whole {
             chunk: ChunkId(order.chunk),
             epoch: Epoch(order.epoch),
@@ -136,7 +151,7 @@ impl Copier {
         let settled = match self.begin(&what, false).await? {
             Begun::Here(settled) => settled,
             Begun::Making(draft) => {
-                self.take_pieces(&draft, &order).await?;
+                self.take_pieces(&draft, order).await?;
                 self.install(what.chunk, draft).await?
             }
         };
@@ -148,12 +163,14 @@ impl Copier {
 
     async fn take_pieces(&self, draft: &Making, order: &v1::GatherOrder) -> FsResult<()> {
         let parts: Vec<Part> = parts(&order.pieces).collect();
-        let (mut left, mut readers) = (&parts[..], BTreeMap::new());
+        let (mut left, mut readers) = (&parts[..], Readers::default());
         while !left.is_empty() {
             let (count, length) = run(left);
             let (now, later) = left.split_at(count);
             left = later;
             let source = &order.sources[now[0].source];
+            // Pieces come source by source.
+            readers.open.retain(|(chunk, _), _| *chunk == source.chunk);
             let bytes = self.take(source, &mut readers, now[0].offset, length).await?;
             let (mut records, mut at) = (Vec::with_capacity(count), 0);
             let mut offset = draft.length();
@@ -181,7 +198,7 @@ impl Copier {
     async fn take(
         &self,
         source: &v1::GatherSource,
-        readers: &mut BTreeMap<(u64, String), Reader>,
+        readers: &mut Readers,
         offset: u64,
         length: usize,
     ) -> FsResult<Bytes> {
@@ -194,12 +211,24 @@ impl Copier {
                 Err(error) => cause = Some(error),
             }
         }
-        for address in &source.addresses {
-            match self.take_from(address, chunk, readers, offset, length).await {
+        // Each failure may cost seconds, and there may be very many pieces: those that failed before are asked last.
+        let mut addresses: Vec<&String> = source.addresses.iter().collect();
+        addresses.sort_by_key(|address| readers.failed.contains(&(source.chunk, (*address).clone())));
+        for address in addresses {
+            let key = (source.chunk, address.clone());
+            let was_open = readers.open.contains_key(&key);
+            let mut taken = self.take_from(address, chunk, &mut readers.open, offset, length).await;
+            if taken.is_err() && was_open {
+                // A token that has expired, a daemon that was started again: a new stream may do.
+                readers.open.remove(&key);
+                taken = self.take_from(address, chunk, &mut readers.open, offset, length).await;
+            }
+            match taken {
                 Ok(bytes) => return Ok(bytes),
                 Err(error) => {
                     tracing::info!(%chunk, source = address, %error, "a source of a piece failed");
-                    readers.remove(&(chunk.get(), address.clone()));
+                    readers.open.remove(&key);
+                    readers.failed.insert(key);
                     cause = Some(error.during(address));
                 }
             }

@@ -299,6 +299,7 @@ async fn daemons_gather_a_chunk_each_for_itself_of_what_is_good_and_say_the_same
     let order = v1::GatherOrder {
         chunk: 20,
         epoch: 2,
+        wait_ms: 30_000,
         length: 170_020,
         sources: vec![
             v1::GatherSource { chunk: 7, addresses: addresses(&[&first, &second]) },

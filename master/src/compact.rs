@@ -7,7 +7,7 @@
 
 use crate::placement::{Candidate, Health, Placement};
 use crate::repair::Holder;
-use dfs_proto::limits::{COMPACT_PATIENCE, GATHER_PIECES_MAX, GATHER_SOURCES_MAX};
+use dfs_proto::limits::{COMPACT_PATIENCE, COMPACT_RESTS_DOUBLED, GATHER_PIECES_MAX, GATHER_SOURCES_MAX};
 use dfs_proto::v1::chunk_state::Phase;
 use dfs_proto::v1::{ChunkState, ExtentRow, GatherPiece, Move};
 use dfs_proto::{ByteLen, ByteOffset, ChunkId, NodeId};
@@ -39,7 +39,9 @@ struct Seen {
     quiet: Duration,
     /// Until when it is left alone, as it could not be compacted.
     rests: Duration,
-    failed: bool,
+    /// How often it could not be compacted, and whether it is to blame for it.
+    failures: u32,
+    blamed: bool,
 }
 
 /// Half-dead chunks, as the census finds them.
@@ -63,7 +65,8 @@ impl Waiting {
             since: now,
             quiet: now,
             rests: Duration::ZERO,
-            failed: false,
+            failures: 0,
+            blamed: false,
         };
         let seen = self.0.entry(id).or_insert(fresh);
         if seen.live != chunk.live {
@@ -76,17 +79,19 @@ impl Waiting {
         self.0.remove(&chunk);
     }
 
-    /// It could not be compacted: it is left alone until then. `failed`: it may be to blame.
-    pub fn rest(&mut self, chunk: ChunkId, until: Duration, failed: bool) {
+    /// It could not be compacted: it is left alone for so long, and for twice as long each time that it fails again. `blamed`: it
+    /// may lack bytes.
+    pub fn rest(&mut self, chunk: ChunkId, now: Duration, rest: Duration, blamed: bool) {
         if let Some(seen) = self.0.get_mut(&chunk) {
-            (seen.rests, seen.failed) = (until, seen.failed || failed);
+            seen.rests = now + rest * (1 << seen.failures.min(COMPACT_RESTS_DOUBLED));
+            (seen.failures, seen.blamed) = (seen.failures.saturating_add(1), seen.blamed || blamed);
         }
     }
 
-    /// Whether it could not be compacted before: it may have been to blame, so it goes alone.
+    /// Whether it may have been to blame that it could not be compacted: it goes alone, after the others.
     #[must_use]
-    pub fn has_failed(&self, chunk: ChunkId) -> bool {
-        self.0.get(&chunk).is_some_and(|seen| seen.failed)
+    pub fn is_blamed(&self, chunk: ChunkId) -> bool {
+        self.0.get(&chunk).is_some_and(|seen| seen.blamed)
     }
 
     /// How many wait, and how many bytes every one of their replicas would give back together.
@@ -95,7 +100,7 @@ impl Waiting {
         (self.0.len() as u64, self.0.values().map(|seen| seen.gain.get()).sum())
     }
 
-    /// The chunks whose turn it is, those first that give back most. `after`: how long one must have lost nothing; one that goes on
+    /// The chunks whose turn it is, those first that never failed, and among them those that give back most. `after`: how long one must have lost nothing; one that goes on
     /// losing bytes is waited for [`COMPACT_PATIENCE`] times as long.
     #[must_use]
     pub fn ripe(&self, now: Duration, after: Duration) -> Vec<ChunkId> {
@@ -104,7 +109,7 @@ impl Waiting {
             waited && seen.rests <= now
         };
         let mut ripe: Vec<_> = self.0.iter().filter(|(_, seen)| is_ripe(seen)).collect();
-        ripe.sort_by_key(|(id, seen)| (std::cmp::Reverse(seen.gain), **id));
+        ripe.sort_by_key(|(id, seen)| (seen.failures > 0, std::cmp::Reverse(seen.gain), **id));
         ripe.into_iter().map(|(id, _)| *id).collect()
     }
 }
@@ -235,9 +240,11 @@ mod tests {
         }
         assert_eq!(waiting.ripe(at(59), AFTER), ids(&[2]));
         assert_eq!(waiting.ripe(at(60), AFTER), ids(&[1, 2]));
-        waiting.rest(ChunkId(1), at(70), true);
-        assert!(waiting.has_failed(ChunkId(1)) && !waiting.has_failed(ChunkId(2)));
-        assert_eq!((waiting.ripe(at(60), AFTER), waiting.ripe(at(70), AFTER)), (ids(&[2]), ids(&[1, 2])));
+        waiting.rest(ChunkId(1), at(60), AFTER, true);
+        assert!(waiting.is_blamed(ChunkId(1)) && !waiting.is_blamed(ChunkId(2)));
+        assert_eq!((waiting.ripe(at(60), AFTER), waiting.ripe(at(70), AFTER)), (ids(&[2]), ids(&[2, 1])));
+        waiting.rest(ChunkId(1), at(70), AFTER, false);
+        assert_eq!((waiting.ripe(at(80), AFTER), waiting.ripe(at(90), AFTER)), (ids(&[2]), ids(&[2, 1])));
         // One that needs nothing any more does not wait.
         waiting.note(&chunk(2, 0, 100), at(70));
         waiting.forget(ChunkId(1));

@@ -96,8 +96,7 @@ impl<'a> Replicas<'a> {
     }
 
     /// How many good replicas there are.
-    #[must_use]
-    pub fn good(&self) -> usize {
+    fn good(&self) -> usize {
         self.holders.iter().filter(|holder| self.is_good(holder)).count()
     }
 

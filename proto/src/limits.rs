@@ -159,6 +159,10 @@ pub const COMPACT_AFTER_MS: u64 = 10_000;
 pub const COMPACT_PATIENCE: u32 = 6;
 /// Compactions at once; the most chunks and pieces of them that one makes a chunk of; extents moved with one command.
 pub const COMPACTIONS_AT_ONCE: usize = 4;
+/// How many times the rest of a chunk that cannot be compacted is doubled at most.
+pub const COMPACT_RESTS_DOUBLED: u32 = 6;
+/// What gathering a piece may take besides its bytes: a round trip to another daemon, and its place on a disk.
+pub const GATHER_PIECE_MS: u64 = 5;
 pub const GATHER_SOURCES_MAX: usize = 64;
 pub const GATHER_PIECES_MAX: usize = 65_536;
 pub const MOVES_PER_COMMAND: usize = 512;

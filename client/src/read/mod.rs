@@ -47,6 +47,8 @@ pub const ANY_VERSION: u64 = u64::MAX;
 const PARTS_AT_ONCE: usize = 64;
 /// Answers of the master that one layout may take; a file of tiny slices is read in pieces anyway.
 const LAYOUT_ANSWERS_MAX: usize = 1024;
+/// How many times a read asks anew where bytes are that have moved.
+const LAYOUTS_MAX: usize = 3;
 
 /// The read side with its I/O.
 pub(crate) struct Reader {
@@ -216,21 +218,22 @@ impl Reader {
         let end = offset + len as u64;
         let plan = state.plan(offset, end, attr.size.max(end), self.ahead);
         let (range, version) = (offset..end, attr.version);
-        let result = self.read_once(ino, range.clone(), version, plan.sequential, plan.ahead.clone()).await;
-        match result {
-            // Moved by compaction since the layout was learned: the master knows where to.
-            Err(error) if error.code == ErrorCode::ErrorNoChunk => {
-                self.forget_layout(ino);
-                self.read_once(ino, range, version, plan.sequential, 0..0).await.map_err(|error| {
-                    if error.code == ErrorCode::ErrorNoChunk {
-                        FsError { code: ErrorCode::ErrorIo, ..error }
-                    } else {
-                        error
-                    }
-                })
+        let mut result =
+            self.read_once(ino, range.clone(), version, plan.sequential, plan.ahead.clone()).await;
+        // Moved by compaction since the layout was learned: the master knows where to. It may be moved again meanwhile.
+        for _ in 0..LAYOUTS_MAX {
+            match &result {
+                Err(error) if error.code == ErrorCode::ErrorNoChunk => {
+                    self.forget_layout(ino);
+                    result = self.read_once(ino, range.clone(), version, plan.sequential, 0..0).await;
+                }
+                _ => return result,
             }
-            result => result,
         }
+        result.map_err(|error| match error.code {
+            ErrorCode::ErrorNoChunk => FsError { code: ErrorCode::ErrorIo, ..error },
+            _ => error,
+        })
     }
 
     async fn read_once(

@@ -85,7 +85,9 @@ async fn write_recovery(env: &Env, restore: &Restore, cache_bytes: u64) -> Resul
     let failed = |error: &dyn std::fmt::Display| {
         StartError::Failed(format!("data directory {}: {error}", restore.dir.display()).replace('\n', " "))
     };
-    let opened = env.blocking(move || Ok(recover::open_disk(&dir, &cluster, id, false, cache_bytes))).await;
+    let disk = env.clone();
+    let opened =
+        env.blocking(move || Ok(recover::open_disk(&disk, &dir, &cluster, id, false, cache_bytes, 0))).await;
     let opened = opened.unwrap_or_else(|error| Err(StartError::Failed(error.to_string())))?;
     if opened.joining.active() {
         return Err(StartError::Usage(format!(
@@ -100,6 +102,7 @@ async fn write_recovery(env: &Env, restore: &Restore, cache_bytes: u64) -> Resul
         opened.store,
         opened.snapshots,
         opened.joining,
+        opened.room,
         u64::MAX,
     );
     let shared = Arc::new(shared.map_err(|error| failed(&error))?);

@@ -10,13 +10,15 @@
 
 use super::Gone;
 use super::jobs::Job;
+use super::nodes::OrderError;
 use super::repairing::{self, hex};
 use super::term::Term;
 use crate::compact::{self, Recipe, Waiting};
-use crate::repair::Replicas;
+use crate::placement::Health;
+use crate::repair::Holder;
 use crate::state;
-use dfs_proto::limits::{COMPACTIONS_AT_ONCE, GATHER_SOURCES_MAX, MOVES_PER_COMMAND};
-use dfs_proto::v1::{self, ChunkState, Move, OrderDone, order, system, system_answer};
+use dfs_proto::limits::{COMPACTIONS_AT_ONCE, GATHER_PIECE_MS, GATHER_SOURCES_MAX, MOVES_PER_COMMAND};
+use dfs_proto::v1::{self, ChunkState, ErrorCode, Move, OrderDone, order, system, system_answer};
 use dfs_proto::{ByteLen, ByteOffset, ChunkId, FsResult, NodeId};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -60,8 +62,20 @@ enum End {
     Made,
     /// There are not enough daemons with space.
     NoPlace,
-    /// A source or a target failed.
+    /// A source or a target failed; `blamed`: a source, as far as is known.
+    Failed {
+        blamed: bool,
+    },
+}
+
+/// How the making of a new chunk's replicas ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gathered {
+    Whole,
+    /// A daemon did not do it, or not in time.
     Failed,
+    /// A daemon found bytes that nobody has.
+    Lacking,
 }
 
 /// How far compaction is.
@@ -120,7 +134,8 @@ impl Compactions {
             inner.busy.remove(&id);
             match end {
                 End::Made => inner.waiting.forget(id),
-                End::NoPlace | End::Failed => inner.waiting.rest(id, now + REST, end == End::Failed),
+                End::NoPlace => inner.waiting.rest(id, now, REST, false),
+                End::Failed { blamed } => inner.waiting.rest(id, now, REST, blamed),
             }
         }
         match end {
@@ -129,7 +144,7 @@ impl Compactions {
                 inner.progress.moved_bytes += sources.iter().map(|chunk| chunk.live).sum::<u64>();
             }
             End::NoPlace => {}
-            End::Failed => inner.progress.failed += 1,
+            End::Failed { .. } => inner.progress.failed += 1,
         }
         drop(inner);
         self.wake.notify_one();
@@ -177,12 +192,12 @@ fn next(term: &Term) -> Option<Vec<ChunkState>> {
         }
     }
     let mut inner = compactions.inner();
-    let has_failed = |chunk: &ChunkState| inner.waiting.has_failed(ChunkId(chunk.chunk));
-    if chunks.first().is_some_and(has_failed) {
+    let is_blamed = |chunk: &ChunkState| inner.waiting.is_blamed(ChunkId(chunk.chunk));
+    if chunks.first().is_some_and(is_blamed) {
         chunks.truncate(1);
     } else {
         // One that has a byte which nobody has must not stop the others for ever.
-        chunks.retain(|chunk| !has_failed(chunk));
+        chunks.retain(|chunk| !is_blamed(chunk));
     }
     let sources = compact::together(chunks, ByteLen(term.chunk_size));
     inner.busy.extend(sources.iter().map(|chunk| ChunkId(chunk.chunk)));
@@ -194,7 +209,7 @@ async fn compact(term: &Term, sources: Vec<ChunkState>) -> Result<(), Gone> {
         Ok(recipe) => make(term, &sources, &recipe).await?,
         Err(error) => {
             super::store_failed("reading a chunk's extents", &error);
-            End::Failed
+            End::Failed { blamed: false }
         }
     };
     term.compactions.ended(&sources, end, term.now());
@@ -232,10 +247,25 @@ async fn make(term: &Term, sources: &[ChunkState], recipe: &Recipe) -> Result<En
         Ok(system_answer::Body::Chunks(list)) if list.chunks.len() == 1 => ChunkId(list.chunks[0]),
         other => {
             tracing::warn!(?other, "no number for a new chunk");
-            return Ok(End::Failed);
+            return Ok(End::Failed { blamed: false });
         }
     };
-    let made = gather(term, id, sources, recipe, &nodes).await;
+    // It is not to be compacted itself while extents are moved into it.
+    term.compactions.inner().busy.insert(id);
+    let end = fill(term, id, sources, recipe, &nodes).await;
+    term.compactions.inner().busy.remove(&id);
+    end
+}
+
+/// Has the new chunk filled under the number that was reserved for it.
+async fn fill(
+    term: &Term,
+    id: ChunkId,
+    sources: &[ChunkState],
+    recipe: &Recipe,
+    nodes: &[NodeId],
+) -> Result<End, Gone> {
+    let made = gather(term, id, sources, recipe, nodes).await;
     let replicas = sources.iter().map(|chunk| chunk.wanted_replicas.max(1)).max().unwrap_or(1);
     let mut new = Some(v1::NewChunk {
         length: recipe.length,
@@ -243,12 +273,17 @@ async fn make(term: &Term, sources: &[ChunkState], recipe: &Recipe) -> Result<En
         replicas,
     });
     let first = recipe.moves.len().min(MOVES_PER_COMMAND);
-    if !made || !relocate(term, id, new.take(), &recipe.moves[..first]).await? {
-        return give_up(term, id, &nodes).await.map(|()| End::Failed);
+    if made != Gathered::Whole || !relocate(term, id, new.take(), &recipe.moves[..first]).await? {
+        let end = End::Failed { blamed: made == Gathered::Lacking };
+        return give_up(term, id, nodes).await.map(|()| end);
     }
     let chunks = sources.len();
     tracing::info!(chunk = %id, of = chunks, length = recipe.length, "half-dead chunks were made one");
     move_rest(term, id, &recipe.moves).await?;
+    // What daemons said of it while it was nobody's was not listened to: they are asked.
+    for node in nodes {
+        term.jobs.add(Job::Mend { node: *node, chunk: id }, false);
+    }
     repairing::consider(term, id);
     Ok(End::Made)
 }
@@ -259,7 +294,9 @@ fn choose(term: &Term, sources: &[ChunkState], recipe: &Recipe) -> Option<Vec<No
     }
     let good = |chunk: &ChunkState| {
         let (holders, flaws) = (term.nodes.holders(chunk), term.repairs.flaws(ChunkId(chunk.chunk)));
-        Replicas::new(chunk, &holders, &flaws).good()
+        // Those of drained daemons are as good as any until they are made up for.
+        let is_good = |holder: &&Holder| holder.health != Health::Dead && !flaws.contains_key(&holder.node);
+        holders.iter().filter(is_good).count()
     };
     let mut random = || term.shared.env.random();
     compact::targets(
@@ -273,8 +310,14 @@ fn choose(term: &Term, sources: &[ChunkState], recipe: &Recipe) -> Option<Vec<No
     )
 }
 
-/// Every daemon makes its replica by itself. True: all have it on their disks, and what they have is alike.
-async fn gather(term: &Term, id: ChunkId, sources: &[ChunkState], recipe: &Recipe, nodes: &[NodeId]) -> bool {
+/// Every daemon makes its replica by itself. Whole: all have it on their disks, and what they have is alike.
+async fn gather(
+    term: &Term,
+    id: ChunkId,
+    sources: &[ChunkState],
+    recipe: &Recipe,
+    nodes: &[NodeId],
+) -> Gathered {
     let limit = term.shared.settings.compaction_bandwidth;
     let source = |chunk: &ChunkState| {
         let flaws = term.repairs.flaws(ChunkId(chunk.chunk));
@@ -284,6 +327,8 @@ async fn gather(term: &Term, id: ChunkId, sources: &[ChunkState], recipe: &Recip
         let addresses = nodes.into_iter().filter_map(|node| term.nodes.address(node)).collect();
         v1::GatherSource { chunk: chunk.chunk, addresses }
     };
+    let wait = repairing::bytes_wait(recipe.length, limit)
+        + Duration::from_millis(GATHER_PIECE_MS * recipe.pieces.len() as u64);
     let op = order::Op::Gather(v1::GatherOrder {
         chunk: id.get(),
         epoch: dfs_proto::Epoch::FIRST.next().get(),
@@ -291,27 +336,30 @@ async fn gather(term: &Term, id: ChunkId, sources: &[ChunkState], recipe: &Recip
         sources: sources.iter().map(source).collect(),
         pieces: recipe.pieces.clone(),
         bytes_per_second: limit,
+        wait_ms: u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
     });
-    let orders = nodes.iter().map(|node| repairing::order_bytes(term, *node, &op, recipe.length, limit));
+    let orders = nodes.iter().map(|node| repairing::order_within(term, *node, &op, wait));
     let mut alike: Option<OrderDone> = None;
-    let mut whole = true;
+    let mut end = Gathered::Whole;
     for (node, done) in nodes.iter().zip(futures::future::join_all(orders).await) {
         match done {
             Ok(done) => {
                 let same = |other: &OrderDone| (other.length, other.checksum) == (done.length, done.checksum);
                 if done.length != recipe.length || !alike.as_ref().is_none_or(same) {
                     tracing::error!(chunk = %id, node = hex(*node), "replicas of a new chunk differ: it is given up");
-                    whole = false;
+                    end = Gathered::Failed;
                 }
                 alike = Some(done);
             }
             Err(error) => {
                 tracing::warn!(chunk = %id, node = hex(*node), %error, "a new chunk was not made");
-                whole = false;
+                let lacking = matches!(&error, OrderError::Refused(error)
+                    if matches!(error.code, ErrorCode::ErrorCorrupt | ErrorCode::ErrorNoChunk));
+                end = if lacking { Gathered::Lacking } else { Gathered::Failed };
             }
         }
     }
-    whole
+    end
 }
 
 /// One step; whether it was taken.
@@ -339,7 +387,11 @@ async fn move_rest(term: &Term, to: ChunkId, moves: &[Move]) -> Result<(), Gone>
                 false
             }
         };
-        let left: Vec<Move> = moves.iter().filter(there).copied().collect();
+        let mut left: Vec<Move> = Vec::new();
+        for some in moves.chunks(PAGE) {
+            left.extend(some.iter().filter(there).copied());
+            tokio::task::yield_now().await;
+        }
         if left.is_empty() {
             return Ok(());
         }

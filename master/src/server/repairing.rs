@@ -410,7 +410,8 @@ async fn copy(term: &Term, chunk: &ChunkState, to: NodeId, sources: &[NodeId], a
         bytes_per_second: term.shared.settings.repair_bandwidth,
         anew,
     });
-    match order_bytes(term, to, &op, chunk.committed, term.shared.settings.repair_bandwidth).await {
+    let wait = bytes_wait(chunk.committed, term.shared.settings.repair_bandwidth);
+    match order_within(term, to, &op, wait).await {
         Ok(_) => {
             tracing::info!(chunk = %id, node = hex(to), length = chunk.committed, anew, "a replica was made");
             true
@@ -428,20 +429,22 @@ async fn copy(term: &Term, chunk: &ChunkState, to: NodeId, sources: &[NodeId], a
     }
 }
 
-/// Orders something that moves so many bytes, at most `limit` of them a second (0: no limit) together with others. Bounded by that,
-/// and by the daemon's life.
-pub async fn order_bytes(
-    term: &Term,
-    to: NodeId,
-    op: &order::Op,
-    bytes: u64,
-    limit: u64,
-) -> Result<v1::OrderDone, OrderError> {
+/// How long something may take that moves so many bytes, at most `limit` of them a second (0: no limit) together with others.
+pub fn bytes_wait(bytes: u64, limit: u64) -> Duration {
     let slowest = match limit {
         0 => SLOWEST_COPY,
         limit => SLOWEST_COPY.min(limit / (2 * COPIES_PER_NODE as u64)).max(1),
     };
-    let wait = Duration::from_millis(COPY_WAIT_MS) + Duration::from_secs(bytes / slowest);
+    Duration::from_millis(COPY_WAIT_MS) + Duration::from_secs(bytes / slowest)
+}
+
+/// Orders something that takes a while. Bounded by that, and by the daemon's life.
+pub async fn order_within(
+    term: &Term,
+    to: NodeId,
+    op: &order::Op,
+    wait: Duration,
+) -> Result<v1::OrderDone, OrderError> {
     let ordered = term.nodes.order(term.number, to, op, Instant::now() + wait);
     let dead = async {
         while term.nodes.health(to) != Health::Dead {

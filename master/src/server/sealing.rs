@@ -305,19 +305,19 @@ async fn others_have_it(term: &Term, node: NodeId, id: ChunkId) -> bool {
 /// Whether nobody needs a daemon's replica: its chunk was dropped, or is sealed, does not list it and is safe without it.
 fn is_garbage(term: &Term, node: NodeId, id: ChunkId) -> bool {
     let kv = term.kv();
-    // First: what is reserved may become a chunk at any moment, what is not never does.
-    let read = state::is_reserved(&*kv, id)
-        .and_then(|reserved| Ok((reserved, state::chunk_state(&*kv, id)?, state::cluster_row(&*kv)?)));
+    // In this order: a number that was not given then is none of ours; what is reserved may become a chunk at any moment, what
+    // is not never does.
+    let read = state::cluster_row(&*kv)
+        .and_then(|cluster| Ok((cluster, state::is_reserved(&*kv, id)?, state::chunk_state(&*kv, id)?)));
     match read {
-        Ok((true, ..)) => false,
-        Ok((false, Some(chunk), _)) => {
+        Ok((_, false, Some(chunk))) => {
             let (holders, flaws) = (term.nodes.holders(&chunk), term.repairs.flaws(id));
             let safe = chunk.live == 0 || Replicas::new(&chunk, &holders, &flaws).is_safe_without(node);
             chunk.phase() == Phase::Sealed && !chunk.nodes.contains(&node.get()) && safe
         }
         // Numbers are given once: one that was given and is not there any more was dropped.
-        Ok((false, None, Some(cluster))) => state::was_given(&cluster, id),
-        Ok((false, None, None)) => false,
+        Ok((Some(cluster), false, None)) => state::was_given(&cluster, id),
+        Ok((_, true, _) | (None, false, None)) => false,
         Err(error) => {
             super::store_failed("reading a chunk", &error);
             false

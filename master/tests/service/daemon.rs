@@ -168,6 +168,11 @@ fn carry_out(memory: &mut Memory, order: Order) -> OrderDone {
             memory.sealed.insert(copy.chunk, copy.length);
             done.length = copy.length;
         }
+        order::Op::Gather(gather) => {
+            memory.lengths.insert(gather.chunk, gather.length);
+            memory.sealed.insert(gather.chunk, gather.length);
+            done.length = gather.length;
+        }
     }
     done
 }
