@@ -200,7 +200,8 @@ impl DataPlane {
         for (start, bytes) in dirty.iter().chain(std::iter::once(&(end, Bytes::new()))) {
             if at < *start {
                 let gap = self.reader.read(ino, state, attr, at, index(*start) - index(at)).await?;
-                data[index(at)..index(*start)].copy_from_slice(&gap);
+                // Fewer where the file has become shorter.
+                data[index(at)..index(at) + gap.len()].copy_from_slice(&gap);
             }
             data[index(*start)..index(*start) + bytes.len()].copy_from_slice(bytes);
             at = start + bytes.len() as u64;

@@ -157,26 +157,37 @@ impl Reader {
         self.layouts.learn(ino, layout, 0, layout.complete_to, asked);
     }
 
-    /// Where the bytes `[from, to)` of a file are.
-    async fn segments(&self, ino: InodeNo, from: u64, to: u64, version: u64) -> FsResult<Vec<Segment>> {
+    /// Where the bytes `[from, to)` of a file are, and where they end: before `to` only with [`ANY_VERSION`].
+    async fn segments(
+        &self,
+        ino: InodeNo,
+        from: u64,
+        to: u64,
+        version: u64,
+    ) -> FsResult<(Vec<Segment>, u64)> {
         if let Some(segments) = self.layouts.get(ino, from, to, version) {
-            return Ok(segments);
+            return Ok((segments, to));
         }
         let private = Layouts::new(None);
-        let mut at = from;
+        let (mut at, mut end) = (from, to);
         for _ in 0..LAYOUT_ANSWERS_MAX {
             let asked = self.layouts.asking(ino);
             let (layout, complete) = self.ask_layout(ino, at).await?;
             if version != ANY_VERSION && layout.attr.is_some_and(|attr| attr.version != version) {
                 return Err(FsError::new(ErrorCode::ErrorConflict, "somebody else has changed the file"));
             }
+            if version == ANY_VERSION {
+                // Of another version than the size that the reader knows: the file may have been cut since.
+                end = layout.attr.as_ref().map_or(end, |attr| end.min(attr.size.max(from)));
+            }
             self.accesses.learn(&layout.chunks);
             self.layouts.learn(ino, &layout, at, complete, asked);
             // This read began before whatever has changed since: the answer serves it even where it is not kept.
             private.learn(ino, &layout, at, complete, private.asking(ino));
             if complete >= to {
-                let segments = private.get(ino, from, to, 0);
-                return segments.ok_or_else(|| FsError::new(ErrorCode::ErrorIo, "the layout has gaps"));
+                let segments = private.get(ino, from, end, 0);
+                let gaps = || FsError::new(ErrorCode::ErrorIo, "the layout has gaps");
+                return segments.map(|segments| (segments, end)).ok_or_else(gaps);
             }
             if complete <= at {
                 break;
@@ -206,7 +217,7 @@ impl Reader {
     }
 
     /// Committed bytes of a file; holes are zeros. `attr`: where the file ends, for reading ahead, and the version that the
-    /// bytes must be of, or a later one.
+    /// bytes must be of. With [`ANY_VERSION`] they are of what the file is now: fewer, if it has become shorter.
     pub(crate) async fn read(
         &self,
         ino: InodeNo,
@@ -245,7 +256,7 @@ impl Reader {
         ahead: Range<u64>,
     ) -> FsResult<Bytes> {
         let Range { start: offset, end } = range;
-        let segments = self.segments(ino, offset, end, version).await?;
+        let (segments, end) = self.segments(ino, offset, end, version).await?;
         let single = match &segments[..] {
             [Segment { slice: Some(slice), .. }] => {
                 let mut parts = parts(ino, slice, offset..end, whole);
