@@ -30,6 +30,8 @@ pub const MASTER_PROBE_MS: u64 = 1_000;
 pub const MASTER_CHANGE_MS: u64 = 10_000;
 /// How long a leader that hands over waits for the next one: to catch up, and to lead.
 pub const HAND_OVER_MS: u64 = 3_000;
+/// How many times a leader that is to be removed hands over before it says that it cannot.
+pub const HAND_OVERS_MAX: u32 = 3;
 
 /// How long a chunk grows unless the cluster or a directory says otherwise.
 pub const CHUNK_SIZE_DEFAULT: u64 = 64 << 20;

@@ -30,6 +30,8 @@ use std::io;
 use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 
+/// How long the log must have stayed as it is: what was on its way into it is there then.
+const QUIET: Duration = Duration::from_millis(20);
 /// How long the others may take to note something.
 const NOTE_TIME: Duration = Duration::from_millis(500);
 
@@ -101,11 +103,20 @@ impl Node {
         timeout_at(deadline, caught_up).await.map_err(|_| late())?.map_err(|_| "Raft has stopped")?;
         self.lead.leave();
         let mut stay = Stay(self, true);
-        // What was proposed before goes along; whoever waits for it asks again and hears of it from the next leader.
-        let all = metrics.wait_for(|now| {
-            reached(now.last_log_index, now) && now.last_applied.map(|id| id.index) >= now.last_log_index
-        });
-        timeout_at(deadline, all).await.map_err(|_| late())?.map_err(|_| "Raft has stopped")?;
+        // What was proposed before goes along; whoever waits for it asks again and hears of it from the next leader. An entry
+        // that is written after this look is one that the next leader lacks, and for which it is not voted for.
+        let mut last = None;
+        loop {
+            let all = metrics.wait_for(|now| {
+                reached(now.last_log_index, now) && now.last_applied.map(|id| id.index) >= now.last_log_index
+            });
+            let now = timeout_at(deadline, all).await.map_err(|_| late())?;
+            let now = now.map_err(|_| "Raft has stopped")?.last_log_index;
+            if last.replace(now) == Some(now) {
+                break;
+            }
+            tokio::time::sleep(QUIET).await;
+        }
         if for_good {
             stay.1 = false;
             self.shared.elections.bar(Bar::Leaving);

@@ -238,15 +238,29 @@ impl Node {
         let Some(step) = step else { return Ok(false) };
         if id == self.id {
             drop(alone);
-            return match self.hand_over(false).await {
-                Ok(_) => Err(ChangeError::Elsewhere("this master has handed over".to_owned())),
-                Err(reason) => {
-                    Err(ChangeError::Refused(format!("master {id} leads and cannot hand over: {reason}")))
-                }
-            };
+            return Err(self.hand_over_repeatedly(id).await);
         }
         self.carry_out(step).await?;
         Ok(true)
+    }
+
+    /// The other one may not win, or die at that moment: then this master leads again soon, and tries again.
+    async fn hand_over_repeatedly(&self, id: u64) -> ChangeError {
+        let mut reason = String::new();
+        for _ in 0..limits::HAND_OVERS_MAX {
+            reason = match self.hand_over(false).await {
+                Ok(_) => return ChangeError::Elsewhere("this master has handed over".to_owned()),
+                Err(reason) => reason,
+            };
+            tracing::info!(%reason, "the hand-over did not come about");
+            let mut leadership = self.leadership();
+            let bound = Duration::from_millis(limits::HAND_OVER_MS);
+            let decided = leadership.wait_for(|now| now.leading || now.leader.is_some());
+            if timeout(bound, decided).await.is_ok_and(|now| now.is_ok_and(|now| !now.leading)) {
+                return ChangeError::Elsewhere("another master leads".to_owned());
+            }
+        }
+        ChangeError::Refused(format!("master {id} leads and cannot hand over: {reason}"))
     }
 
     /// Finishes what an earlier leader began, and lets learners vote that have caught up.
