@@ -42,12 +42,15 @@ round stopped
 mount_second timeout=$TIMEOUT
 python soft "$SECOND/stopped" "$WORK/stopped.json" $BOUND "$STOP"
 eval "$CONT"
+# Until it has heard of the master again a soft mount refuses at once.
+wait_for 20 mkdir "$SECOND/stopped/back" 2>/dev/null || fail "the mount does not come back"
 python after "$SECOND/stopped" "$WORK/stopped.json"
 
 step "soft, the daemons are killed"
 round killed
 python soft "$SECOND/killed" "$WORK/killed.json" $BOUND "$KILL"
 up
+wait_for 20 mkdir "$SECOND/killed/back" 2>/dev/null || fail "the mount does not come back"
 python after "$SECOND/killed" "$WORK/killed.json"
 umount "$SECOND"
 wait_for 20 gone "$(second)" || fail "dfs-mount does not end"
