@@ -50,9 +50,13 @@ step "it comes back with replicas that nobody needs any more: they are deleted"
 start chunkd-2
 wait_for 60 is "[n['chunks'] for n in s['nodes'] if n['node'] == '$lost']" '[0]' || fail "it keeps them: $(dfs node ls)"
 
-step "replicas that are missing after a restart are made anew"
+# Byte 48 of a chunk file says whether it is sealed (docs/formats/chunk.md).
+sealed() { while read -r file; do [[ $(od -An -tu1 -j48 -N1 "$file" | tr -d ' ') != 1 ]] || echo "$file"; done; }
+step "replicas that are missing after a restart are made anew, also of chunks that are still open"
 crash chunkd-3
-mapfile -t gone < <(find "$(data chunkd-3)/chunks" -name '*.chunk' | head -n 4)
+find "$(data chunkd-3)/chunks" -name '*.chunk' | sort >"$WORK/chunks"
+sealed <"$WORK/chunks" >"$WORK/sealed"
+mapfile -t gone < <({ comm -23 "$WORK/chunks" "$WORK/sealed"; cat "$WORK/sealed"; } | head -n 4)
 ((${#gone[@]} == 4)) || fail "chunkd-3 has too few chunks to lose some"
 rm "${gone[@]}"
 start chunkd-3
@@ -68,8 +72,6 @@ wait_for 30 is "$whole" || fail "not whole: $(dfs status)"
 right || fail "a file changed"
 
 step "bytes that change on the disk are never shown, and are mended"
-# Byte 48 of a chunk file says whether it is sealed (docs/formats/chunk.md).
-sealed() { while read -r file; do [[ $(od -An -tu1 -j48 -N1 "$file" | tr -d ' ') != 1 ]] || echo "$file"; done; }
 mapfile -t rotten < <(find "$(data chunkd-1)/chunks" -name '*.chunk' -size +1M | sealed | head -n 3)
 ((${#rotten[@]} > 0)) || fail "chunkd-1 has no sealed chunk"
 for file in "${rotten[@]}"; do

@@ -27,7 +27,7 @@ use workload::Violation;
 
 /// How many seeds run when nothing is said.
 const SEEDS: u64 = 50;
-const HISTORIES: u64 = 200;
+const HISTORIES: u64 = 150;
 /// Each is eight power cuts.
 const POWER_SEEDS: u64 = 25;
 /// How many seeds a deliberate defect may take to be noticed.

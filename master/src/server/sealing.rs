@@ -199,10 +199,14 @@ async fn mend(term: &Term, node: NodeId, id: ChunkId) -> Result<After, Gone> {
     let Some(_claim) = term.repairs.claimed(id, Instant::now() + CLAIM_WAIT).await else {
         return Ok(again);
     };
-    let Some(chunk) = read(term, id).filter(|chunk| chunk.phase() == Phase::Sealed) else {
-        return Ok(After::Done);
-    };
+    let Some(chunk) = read(term, id) else { return Ok(After::Done) };
     let listed = chunk.nodes.contains(&node.get());
+    match chunk.phase() {
+        Phase::Sealed => {}
+        // Only sealed chunks are repaired, and whoever appends to it may have nothing to append for days.
+        Phase::Open if listed && chunk.live > 0 => return Ok(After::Another(Job::Seal(id))),
+        Phase::Open | Phase::Fenced => return Ok(After::Done),
+    }
     if !listed && is_whole(term, &chunk) {
         return Ok(After::Another(Job::Delete { node, chunk: id }));
     }
