@@ -43,8 +43,13 @@ crash() { # NAME…
     for name in "$@"; do kill -KILL "$(pid "$name")"; done
     for name in "$@"; do wait_for 10 gone "$(pid "$name")" || fail "$name does not die"; done
 }
-# A process that nobody has reaped yet has ended, too: it has no program any more.
-gone() { ! readlink "/proc/$1/exe" >/dev/null 2>&1; }
+# A process that nobody has reaped yet has ended, too, when its last thread has: one that waits for a disk keeps its ports and locks.
+gone() {
+    local stat tasks
+    { read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 0
+    tasks=("/proc/$1/task"/*)
+    [[ ${stat##*) } == [ZX]* ]] && ((${#tasks[@]} <= 1))
+}
 
 # Waits until a command succeeds, at most SECONDS.
 wait_for() { # SECONDS COMMAND…
