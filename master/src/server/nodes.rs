@@ -337,6 +337,15 @@ impl Nodes {
         chunk.nodes.iter().map(holder).collect()
     }
 
+    /// A daemon is about to have so many bytes more, or fewer: its free space counts as that until its next heartbeat says what
+    /// it is. Else all that is decided between two heartbeats would choose the same emptiest daemon, and overfill it.
+    pub fn expect(&self, node: NodeId, more: i64) {
+        let mut table = self.table();
+        if let Some(beat) = table.nodes.get_mut(&node).and_then(|node| node.heartbeat.as_mut()) {
+            beat.free_bytes = beat.free_bytes.saturating_sub_signed(more).min(beat.total_bytes);
+        }
+    }
+
     /// Where a daemon is reached.
     pub fn address(&self, node: NodeId) -> Option<String> {
         self.table().nodes.get(&node).map(|node| node.row.address.clone())

@@ -297,6 +297,7 @@ pub async fn run(term: Arc<Term>) {
         {
             if let Step::Copy { to, .. } = &step {
                 repairs.begin(*to);
+                term.nodes.expect(*to, i64::try_from(chunk.committed).unwrap_or(i64::MAX));
             }
             running.push(carry_out(&term, chunk, claim, step));
         }
@@ -492,6 +493,9 @@ async fn drop_replica(term: &Term, id: ChunkId, node: NodeId, relied: &[NodeId])
     }
     tracing::info!(chunk = %id, node = hex(node), "a replica counts no more");
     term.repairs.mended(id, node);
+    if let Some(chunk) = super::sealing::read(term, id) {
+        term.nodes.expect(node, -i64::try_from(chunk.committed).unwrap_or(i64::MAX));
+    }
     term.jobs.add(Job::Delete { node, chunk: id }, false);
     Ok(true)
 }
