@@ -20,9 +20,13 @@ use openraft::error::{ClientWriteError, RaftError};
 use openraft::{BasicNode, ChangeMembers};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::timeout;
+
+/// How long a master with a full disk that could not hand over leads on before it tries again.
+const LEAVE_AGAIN: Duration = Duration::from_secs(2);
 
 /// Why the group was not changed; one line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -287,10 +291,7 @@ impl Node {
     }
 
     /// Sees to it that changes are taken as long as a majority of the masters has room for them: by one that has room itself.
-    ///
-    /// # Errors
-    /// Why the lead could not be handed over to such a one.
-    pub async fn tend_room(&self) -> Result<(), String> {
+    pub async fn tend_room(self: &Arc<Self>) {
         let (group, short) = (self.group(), self.shared.room.level() != Level::Plenty);
         let voters = group.voters();
         let asked = group.nodes.iter().filter(|(id, _)| voters.contains(id) && **id != self.id);
@@ -300,10 +301,25 @@ impl Node {
         let crowded = voters.len() - others - usize::from(short) <= voters.len() / 2;
         self.shared.crowded.store(crowded || (short && !roomy), Ordering::Release);
         if short && roomy && !crowded {
-            tracing::info!("this master's disk is full: another one with room is to lead");
-            return self.hand_over(false).await.map(drop);
+            self.leave_to_one_with_room();
         }
-        Ok(())
+    }
+
+    /// Hands over in a task of its own: whoever asks for it does so as the leader, and ends in the middle of it.
+    fn leave_to_one_with_room(self: &Arc<Self>) {
+        if self.giving_way.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let node = Arc::clone(self);
+        tokio::spawn(async move {
+            tracing::info!("this master's disk is full: another one with room is to lead");
+            if let Err(reason) = node.hand_over(false).await {
+                tracing::warn!(%reason, "the lead stays with a master whose disk is full");
+                // Each attempt is a pause for the clients.
+                tokio::time::sleep(LEAVE_AGAIN).await;
+            }
+            node.giving_way.store(false, Ordering::Release);
+        });
     }
 
     /// Whether this master's own disk has room for changes.

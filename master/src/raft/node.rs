@@ -57,6 +57,8 @@ pub struct Node {
     pub(super) lead: Arc<Lead>,
     /// One change of the group, or hand-over, at a time.
     pub(super) changing: tokio::sync::Mutex<()>,
+    /// It hands over because its disk is full, or rests after it could not.
+    pub(super) giving_way: AtomicBool,
     /// This master is the only voter: nobody else can lead, and what it acknowledged it has applied.
     alone: Arc<AtomicBool>,
     failure: watch::Receiver<Option<String>>,
@@ -157,6 +159,7 @@ impl Node {
             leadership,
             lead,
             changing: tokio::sync::Mutex::new(()),
+            giving_way: AtomicBool::new(false),
             alone,
             failure,
             tasks: Mutex::new(tasks),
