@@ -22,9 +22,11 @@ pub use doubts::Touched;
 use lru::LruCache;
 use pages::{Kept, Pages};
 use std::num::NonZeroUsize;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::sync::Notify;
 use whole::WholeDirs;
 
 /// Locks that lookups of different inodes share.
@@ -56,6 +58,8 @@ pub struct Cache {
     stamps: Vec<AtomicU64>,
     doubts: Doubts,
     attrs: Vec<Mutex<LruCache<u64, Known>>>,
+    /// Told of all attributes that are learned.
+    learned: Notify,
     names: Vec<Mutex<LruCache<(u64, Bytes), Named>>>,
     whole: Mutex<WholeDirs>,
     pages: Mutex<Pages>,
@@ -119,6 +123,7 @@ impl Cache {
             stamps: (0..STAMPS).map(|_| AtomicU64::new(0)).collect(),
             doubts: Doubts::default(),
             attrs: (0..SHARDS).map(|_| Mutex::new(LruCache::new(shard))).collect(),
+            learned: Notify::new(),
             names: (0..SHARDS).map(|_| Mutex::new(LruCache::new(shard))).collect(),
             whole: Mutex::new(WholeDirs::new()),
             pages: Mutex::new(Pages::new()),
@@ -212,6 +217,19 @@ impl Cache {
     #[must_use]
     pub fn last_attr(&self, ino: InodeNo) -> Option<Attr> {
         self.attr_shard(ino).peek(&ino.get()).map(|known| known.attr)
+    }
+
+    /// Waits until this version of an inode is known.
+    pub async fn knows(&self, ino: InodeNo, version: u64) {
+        loop {
+            let mut learned = pin!(self.learned.notified());
+            // From here on nothing is missed.
+            learned.as_mut().enable();
+            if self.last_attr(ino).is_some_and(|known| known.version >= version) {
+                return;
+            }
+            learned.await;
+        }
     }
 
     /// Keeps the answer to the question what a name stands for; `None`: nothing.
@@ -326,6 +344,8 @@ impl Cache {
             Some(before) => *before = known,
             None => drop(shard.put(attr.ino, known)),
         }
+        drop(shard);
+        self.learned.notify_waiters();
     }
 
     /// For how long what was learned of an inode in a term may still be believed.
@@ -387,6 +407,20 @@ mod tests {
             leases.granted(InodeNo(*ino), Kind::Read, 1, SEEN);
         }
         (Arc::new(Cache::new(Arc::clone(&leases), 64)), leases, clock)
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_a_version_goes_on_when_it_or_a_later_one_is_learned() {
+        let (cache, ..) = cache(&[7]);
+        let waits = cache.knows(InodeNo(7), 5);
+        let mut waits = pin!(waits);
+        for (ino, version) in [(7, 4), (8, 5)] {
+            cache.put_attr(&fresh(&cache), &attr(ino, version));
+            assert!(futures::poll!(&mut waits).is_pending(), "version {version} of {ino}");
+        }
+        cache.learn(&fresh(&cache), &attr(7, 6));
+        assert!(futures::poll!(&mut waits).is_ready());
+        assert!(futures::poll!(pin!(cache.knows(InodeNo(7), 6))).is_ready(), "known already");
     }
 
     #[test]

@@ -26,6 +26,9 @@ const FLUSHES: usize = 3;
 /// waits for it truncates the file: then his kernel writes nothing back of it, and he cannot make way either.
 const WRITE_BACK: Duration = Duration::from_millis(200);
 
+/// How long the answer to a commit may be on its way when the master asks about the file. It is sent before the question.
+const HEAR_OF: Duration = Duration::from_millis(500);
+
 /// Inodes whose pages are dropped side by side when the master is silent.
 const SIDE_BY_SIDE: usize = 64;
 
@@ -65,7 +68,11 @@ pub(super) async fn run(inner: Weak<Inner>, mut wanted: mpsc::UnboundedReceiver<
             match next {
                 Wanted::Leave(leaving) => inner.leave(leaving).await,
                 Wanted::Tell(ask) => {
-                    let attr = inner.attr_as_kept(InodeNo(ask.ino)).await;
+                    let ino = InodeNo(ask.ino);
+                    // If it is not told in time, he who asked sees by the version that this is from before.
+                    let heard = inner.cache.knows(ino, ask.version);
+                    let _in_time = tokio::time::timeout(HEAR_OF, heard).await;
+                    let attr = inner.attr_as_kept(ino).await;
                     inner.session.tell(ask.ask, attr);
                 }
             }

@@ -386,12 +386,17 @@ impl Memory {
     }
 
     /// Asks whoever buffers changes of an inode what it looks like. None: nobody else does, as far as is known.
-    pub fn ask(&mut self, session: SessionId, ino: InodeNo) -> Option<oneshot::Receiver<Option<v1::Attr>>> {
+    pub fn ask(
+        &mut self,
+        session: SessionId,
+        ino: InodeNo,
+        version: u64,
+    ) -> Option<oneshot::Receiver<Option<v1::Attr>>> {
         let writer = self.leases.writer(ino).filter(|writer| *writer != session)?;
         let holder = self.sessions.get_mut(&writer)?;
         let ask = self.next_ask;
         self.next_ask += 1;
-        holder.asks.push(v1::Ask { ask, ino: ino.get() });
+        holder.asks.push(v1::Ask { ask, ino: ino.get(), version });
         holder.wake.notify_one();
         let (sender, answer) = oneshot::channel();
         self.asked.insert(ask, (writer, sender));

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 const OPEN_SLICES: u32 = 16;
 /// How long whoever buffers changes of an inode may take to say what it looks like; then he is to give them up.
 const ASK_WAIT: Duration = Duration::from_secs(1);
-/// How often he is asked again because more is committed than he has heard of.
+/// How often he is asked because he answers without knowing of all that was committed before.
 const ASKS: usize = 4;
 /// How often the state is looked at while others change what is asked about; then the question takes its turn with them.
 const LOOKS: usize = 4;
@@ -132,30 +132,23 @@ async fn look_when_noted(link: Arc<Link>, read: Read, mut noted: watch::Receiver
 async fn look_at_anothers(link: &Link, read: &Read, ino: InodeNo) -> Option<Answer> {
     let ReadOp::Query(query) = &read.op else { return None };
     for _ in 0..ASKS {
-        let asked = link.term.memory().ask(link.session, ino)?;
+        // Others have seen what is committed by now: he is to answer when he has heard of it, too.
+        let committed = state::attr(&*link.term.kv(), ino).ok()??.version;
+        let asked = link.term.memory().ask(link.session, ino, committed)?;
         let told = tokio::time::timeout(ASK_WAIT, asked).await.ok()?.ok()??;
+        if told.version < committed {
+            continue;
+        }
         let mut answer = ask(link, &read.cred, query);
         let Some(Body::Entry(v1::Entry { attr: Some(attr), .. })) = &mut answer.body else { return None };
         // A name that stands for something else by now is looked up in the usual way.
-        if attr.ino != ino.get() || attr.ino != told.ino {
+        if attr.ino != ino.get()
+            || (attr.ino, attr.generation, attr.kind) != (told.ino, told.generation, told.kind)
+        {
             return None;
         }
-        // Something is committed that he had not heard of when he answered: his own last commit, or another's change.
-        if told.version < attr.version {
-            continue;
-        }
-        *attr = v1::Attr {
-            version: told.version,
-            mode: told.mode,
-            uid: told.uid,
-            gid: told.gid,
-            size: told.size,
-            blocks: told.blocks,
-            atime: told.atime,
-            mtime: told.mtime,
-            ctime: told.ctime,
-            ..*attr
-        };
+        // What was committed after he answered came after this.
+        *attr = told;
         return Some(answer);
     }
     None
