@@ -3,13 +3,10 @@
 chaos.py WORK SECONDS SEED, with DFS_BIN_DIR set. Prints what was done; exit status 1 when anything does not hold. Network namespaces,
 tmpfs and mounts that it makes are gone when it ends. The choice and the order of the faults come from SEED.
 
-    switch (a bridge in a namespace of its own) ── m1 m2 m3   masters
-                                                ├─ c1 … c5   chunk daemons, each with a small tmpfs
-                                                └─ k         both mounts and the commands
+Three masters, five chunk daemons, each with a small tmpfs, and one client with both mounts and the commands: see namespaces.py.
 """
 
 import hashlib
-import json
 import multiprocessing
 import os
 import random
@@ -20,143 +17,18 @@ import sys
 import threading
 import time
 
+from namespaces import IN, OUT, Cluster, Daemon, mounted, run, wait_for
+
 WORK, SECONDS, SEED = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-BIN = os.environ["DFS_BIN_DIR"]
-TAG = f"dfs{os.getpid()}"
 MASTERS, CHUNKDS, CLIENT = ["m1", "m2", "m3"], ["c1", "c2", "c3", "c4", "c5"], "k"
-ADDRESS = {name: f"10.99.0.{number}" for number, name in enumerate([*MASTERS, *CHUNKDS, CLIENT], 11)}
-PORT = 7100
+CLUSTER = Cluster(WORK, MASTERS, CHUNKDS, [CLIENT], chunkd_settings='reserve = "8MiB"\n')
 DISK_MIB = 640
 MOUNTS = [f"{WORK}/mnt1", f"{WORK}/mnt2"]
-KEY = f"{WORK}/cluster.key"
 BEGAN = time.monotonic()
 
 
 def say(text):
     print(f"{time.monotonic() - BEGAN:6.1f}  {text}", flush=True)
-
-
-def run(*command, check=True, timeout=60, **more):
-    return subprocess.run(command, check=check, timeout=timeout, capture_output=True, text=True, **more)
-
-
-def inside(name, *command):
-    """A command in a node's network namespace; everything else is this process's."""
-    return ["nsenter", f"--net=/run/netns/{TAG}{name}", "--", *command]
-
-
-def wait_for(seconds, what, condition):
-    until = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > until:
-            raise AssertionError(f"not within {seconds} s: {what}")
-        time.sleep(0.05)
-
-
-# ---- the network ----
-
-
-def make_network():
-    run("ip", "netns", "add", f"{TAG}sw")
-    run(*inside("sw", "ip", "link", "add", "name", "switch", "type", "bridge"))
-    run(*inside("sw", "ip", "link", "set", "switch", "up"))
-    for name, address in ADDRESS.items():
-        run("ip", "netns", "add", f"{TAG}{name}")
-        run(*inside("sw", "ip", "link", "add", "name", name, "type", "veth", "peer", "name", "eth", "netns", f"{TAG}{name}"))
-        run(*inside("sw", "ip", "link", "set", "dev", name, "master", "switch", "up"))
-        run(*inside(name, "ip", "addr", "add", f"{address}/24", "dev", "eth"))
-        run(*inside(name, "ip", "link", "set", "eth", "up"))
-        run(*inside(name, "ip", "link", "set", "lo", "up"))
-
-
-def remove_network():
-    for name in [*ADDRESS, "sw"]:
-        run("ip", "netns", "del", f"{TAG}{name}", check=False)
-
-
-def cut(name, rules):
-    """Drops what the rules say in a node's namespace; the counter tells whether anything was."""
-    text = "table inet cut {\n" + "".join(
-        f"chain {hook} {{ type filter hook {hook} priority 0; {match} counter drop; }}\n" for hook, match in rules
-    ) + "}\n"
-    run(*inside(name, "nft", "-f", "-"), input=text)
-
-
-def dropped(name):
-    listed = json.loads(run(*inside(name, "nft", "-j", "list", "table", "inet", "cut")).stdout)
-    counters = [
-        expression["counter"]["packets"]
-        for item in listed["nftables"]
-        if "rule" in item
-        for expression in item["rule"]["expr"]
-        if "counter" in expression
-    ]
-    return min(counters)
-
-
-def mend(name):
-    run(*inside(name, "nft", "delete", "table", "inet", "cut"))
-
-
-# ---- the daemons ----
-
-
-class Daemon:
-    def __init__(self, name):
-        self.name, self.process = name, None
-        self.data, self.config = f"{WORK}/data/{name}", f"{WORK}/{name}.toml"
-        self.log = f"{WORK}/log/{name}.log"
-        program, text = self.settings()
-        with open(self.config, "w") as file:
-            file.write(text)
-        self.command = inside(name, f"{BIN}/{program}", "--config", self.config)
-
-    def settings(self):
-        masters = ", ".join(f'"{ADDRESS[name]}:{PORT}"' for name in MASTERS)
-        common = f'listen = "{ADDRESS[self.name]}:{PORT}"\ncluster_key_file = "{KEY}"\n'
-        if self.name in CHUNKDS:
-            more = f'masters = [{masters}]\ndata = ["{self.data}"]\nhost = "{self.name}"\nreserve = "8MiB"\n'
-            return "dfs-chunkd", common + more
-        peers = "".join(
-            f'[[peers]]\nid = {number}\naddress = "{ADDRESS[name]}:{PORT}"\n' for number, name in enumerate(MASTERS, 1)
-        )
-        more = f'id = {MASTERS.index(self.name) + 1}\ndata = "{self.data}"\nreplicas = 3\nchunk_size = "4MiB"\n{peers}'
-        return "dfs-master", common + more
-
-    def start(self):
-        with open(self.log, "ab") as log:
-            environment = dict(os.environ, NO_COLOR="1", RUST_LOG=os.environ.get("DFS_LOG", "info"))
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
-            )
-
-    def lives(self):
-        return self.process is not None and self.process.poll() is None
-
-    def state(self):
-        with open(f"/proc/{self.process.pid}/stat") as stat:
-            return stat.read().rsplit(")", 1)[1].split()[0]
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait(20)
-
-
-def dfs(*arguments, check=True, timeout=60):
-    masters = ",".join(f"{ADDRESS[name]}:{PORT}" for name in MASTERS)
-    return run(*inside(CLIENT, f"{BIN}/dfs", "--masters", masters, *arguments), check=check, timeout=timeout)
-
-
-def status():
-    return json.loads(dfs("--timeout", "5", "status", "--json").stdout)
-
-
-def leader():
-    try:
-        leaders = [master["id"] for master in status()["masters"] if master["leader"]]
-    except (subprocess.SubprocessError, ValueError):
-        return None
-    return MASTERS[leaders[0] - 1] if leaders else None
 
 
 KINDS = [
@@ -190,7 +62,7 @@ class Faults:
         self.kill("kill_master", self.rng.choice(MASTERS))
 
     def kill_leader(self):
-        if name := leader():
+        if name := CLUSTER.leader():
             self.kill("kill_leader", name)
 
     def kill_chunkd(self):
@@ -207,56 +79,54 @@ class Faults:
         os.kill(daemon.process.pid, signal.SIGCONT)
 
     def pause_master(self):
-        self.pause("pause_master", leader() or self.rng.choice(MASTERS), 1, 6)
+        self.pause("pause_master", CLUSTER.leader() or self.rng.choice(MASTERS), 1, 6)
 
     def pause_chunkd(self):
         self.pause("pause_chunkd", self.rng.choice(CHUNKDS), 1, 8)
 
     def partition(self, kind, name, rules, least, most):
-        cut(name, rules)
+        CLUSTER.cut(name, rules)
         say(f"{kind} {name}")
         try:
             self.last(least, most)
-            if dropped(name) > 0:
+            if CLUSTER.dropped(name) > 0:
                 self.note(kind)
         finally:
-            mend(name)
-
-    IN, OUT = ("input", 'iifname "eth"'), ("output", 'oifname "eth"')
+            CLUSTER.mend(name)
 
     def cut_master(self):
-        self.partition("cut_master", self.rng.choice(MASTERS), [self.IN, self.OUT], 1, 8)
+        self.partition("cut_master", self.rng.choice(MASTERS), [IN, OUT], 1, 8)
 
     def cut_chunkd(self):
-        self.partition("cut_chunkd", self.rng.choice(CHUNKDS), [self.IN, self.OUT], 1, 8)
+        self.partition("cut_chunkd", self.rng.choice(CHUNKDS), [IN, OUT], 1, 8)
 
     def deaf_master(self):
-        self.partition("deaf_master", leader() or self.rng.choice(MASTERS), [self.IN], 1, 6)
+        self.partition("deaf_master", CLUSTER.leader() or self.rng.choice(MASTERS), [IN], 1, 6)
 
     def mute_master(self):
-        self.partition("mute_master", leader() or self.rng.choice(MASTERS), [self.OUT], 1, 6)
+        self.partition("mute_master", CLUSTER.leader() or self.rng.choice(MASTERS), [OUT], 1, 6)
 
     def deaf_chunkd(self):
-        self.partition("deaf_chunkd", self.rng.choice(CHUNKDS), [self.IN], 1, 6)
+        self.partition("deaf_chunkd", self.rng.choice(CHUNKDS), [IN], 1, 6)
 
     def mute_chunkd(self):
-        self.partition("mute_chunkd", self.rng.choice(CHUNKDS), [self.OUT], 1, 6)
+        self.partition("mute_chunkd", self.rng.choice(CHUNKDS), [OUT], 1, 6)
 
     def cut_pair(self):
         """Two chunk daemons that do not reach each other, and both reach everybody else."""
         one, other = self.rng.sample(CHUNKDS, 2)
-        cut(one, [("input", f"ip saddr {ADDRESS[other]}"), ("output", f"ip daddr {ADDRESS[other]}")])
+        CLUSTER.cut(one, [("input", f"ip saddr {CLUSTER.address[other]}"), ("output", f"ip daddr {CLUSTER.address[other]}")])
         say(f"cut_pair {one} {other}")
         try:
             self.last(3, 8)
-            listed = run(*inside(one, "nft", "list", "table", "inet", "cut")).stdout
+            listed = run(*CLUSTER.inside(one, "nft", "list", "table", "inet", "cut")).stdout
             if any(word != "0" for word in packets(listed)):
                 self.note("cut_pair")
         finally:
-            mend(one)
+            CLUSTER.mend(one)
 
     def cut_client(self):
-        self.partition("cut_client", CLIENT, [self.IN, self.OUT], 1, 5)
+        self.partition("cut_client", CLIENT, [IN, OUT], 1, 5)
 
     def full_disk(self):
         name = self.rng.choice(CHUNKDS)
@@ -442,24 +312,9 @@ class Writer(Work):
 # ---- all of it ----
 
 
-def mount(number):
-    masters = ",".join(f"{ADDRESS[name]}:{PORT}" for name in MASTERS)
-    os.makedirs(MOUNTS[number], exist_ok=True)
-    with open(f"{WORK}/log/mount{number + 1}.log", "ab") as log:
-        return subprocess.Popen(
-            inside(CLIENT, f"{BIN}/dfs-mount", "-o", "timeout=120", "--foreground", "--masters", masters, MOUNTS[number]),
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        )
-
-
-def mounted(place):
-    with open("/proc/self/mountinfo") as mounts:
-        return any(line.split()[4] == place for line in mounts)
-
-
 def healthy():
     try:
-        now = status()
+        now = CLUSTER.status()
     except (subprocess.SubprocessError, ValueError):
         return False
     repair = now["repair"]
@@ -511,9 +366,9 @@ def group(name):
 def scenario(daemons, mounts):
     for daemon in daemons.values():
         daemon.start()
-    wait_for(60, "the cluster is up", lambda: dfs("--timeout", "2", "status", "--ready", "5", check=False).returncode == 0)
+    wait_for(60, "the cluster is up", CLUSTER.ready)
     for number in (0, 1):
-        mounts.append(mount(number))
+        mounts.append(CLUSTER.mount(CLIENT, MOUNTS[number], "timeout=120", f"mount{number + 1}"))
         wait_for(60, "a mount", lambda: mounted(MOUNTS[number]))
     works = [Fsx("fsx", 0), Git("git", 0), Sqlite("sqlite", 1), Writer("writer", 1)]
     faults_until(time.monotonic() + SECONDS, daemons)
@@ -534,7 +389,7 @@ def scenario(daemons, mounts):
     wrong = [f"{work.name}: {error}" for work in works if (error := work.said(400))]
     assert not wrong, f"not what was fsynced: {wrong}"
     say("everything that was fsynced is there")
-    found = dfs("fsck", "--cluster-key-file", KEY, "--deep", check=False, timeout=300)
+    found = CLUSTER.dfs("fsck", "--cluster-key-file", CLUSTER.key, "--deep", check=False, timeout=300)
     assert found.returncode == 0, f"fsck: {found.stdout}{found.stderr}"
     for number, process in enumerate(mounts):
         run("umount", MOUNTS[number])
@@ -548,17 +403,11 @@ def ended_by(_signal, _frame):
 
 def main():
     signal.signal(signal.SIGTERM, ended_by)
-    for directory in ("data", "log"):
-        os.makedirs(f"{WORK}/{directory}")
-    with open(KEY, "wb") as file:
-        file.write(os.urandom(32).hex().encode())
-    os.chmod(KEY, 0o600)
     daemons, mounts, tmpfs = {}, [], []
     try:
-        make_network()
+        CLUSTER.make_network()
         for name in [*MASTERS, *CHUNKDS]:
-            daemons[name] = Daemon(name)
-            os.makedirs(daemons[name].data)
+            daemons[name] = Daemon(CLUSTER, name)
             if name in CHUNKDS:
                 run("mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "dfs-chaos", daemons[name].data)
                 tmpfs.append(daemons[name].data)
@@ -577,7 +426,7 @@ def main():
                 process.wait(20)
         for place in tmpfs:
             run("umount", "-l", place, check=False)
-        remove_network()
+        CLUSTER.remove_network()
 
 
 if __name__ == "__main__":

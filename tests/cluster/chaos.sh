@@ -11,6 +11,7 @@ for program in ip nsenter nft fsx git; do
 done
 SEED=${DFS_CHAOS_SEED:-$((RANDOM * 32768 + RANDOM))}
 step "seed $SEED (DFS_CHAOS_SEED=$SEED tests/cluster/chaos.sh chooses the same faults)"
+export PYTHONDONTWRITEBYTECODE=1
 mkdir "$WORK/chaos"
 child=
 at_end() {
