@@ -65,6 +65,11 @@ pub const SESSION_WINDOW: usize = 4096;
 pub const SESSION_RESERVE: usize = 512;
 /// The most answers the master keeps for one session to answer a repeated mutation.
 pub const DEDUP_WINDOW: usize = 2 * SESSION_WINDOW;
+/// The most sessions that may end before a change is answered; then it fails.
+pub const EARLIER_SESSIONS_MAX: usize = 8;
+/// The answers of a session that ended without a goodbye are kept for so long, in seconds, and those of so many sessions.
+pub const ENDED_SESSION_KEPT_S: i64 = 86_400;
+pub const ENDED_SESSIONS_MAX: usize = 4_096;
 /// The most commands and bytes in one Raft entry.
 pub const BATCH_COMMANDS_MAX: usize = 4096;
 pub const BATCH_BYTES_MAX: usize = 4 << 20;

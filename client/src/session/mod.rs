@@ -5,9 +5,9 @@
 //! cluster are pauses: requests are kept and sent again until the operation time-out.
 //!
 //! When the master has closed the session because it was silent for too long, a new one is opened and
-//! [`Master::session_changed`] tells. Then locks are lost (a warning is logged), files stay open, and changes that were
-//! sent but not answered fail with ErrorIo, for nobody can know whether they were made (commits excepted: those are
-//! fenced and repeated by the data plane).
+//! [`Master::session_changed`] tells. Then locks are lost (a warning is logged), files stay open, and a change that was sent
+//! and not answered is sent again under the old session's name: it gets the answer of then, or is made now (commits are fenced
+//! and repeated by the data plane).
 
 mod held;
 mod link;

@@ -18,8 +18,8 @@ use super::held::Held;
 use crate::leases::{Kind, Leases, Seen, Unclean};
 use dfs_env::defect::{self, Defect};
 use dfs_proto::v1::{
-    self, Answer, CancelLock, ClientFrame, Cred, ErrorCode, Goodbye, Hello, LeaseKind, LeaseReturn,
-    MasterFrame, Reply, Request, answer::Body, hold, mutation, request,
+    self, Answer, CancelLock, ClientFrame, Cred, EarlierSession, ErrorCode, Goodbye, Hello, LeaseKind,
+    LeaseReturn, MasterFrame, Reply, Request, answer::Body, hold, mutation, request,
 };
 use dfs_proto::{FsError, FsResult, InodeNo, PROTOCOL_VERSION, limits};
 use prost::Message;
@@ -189,7 +189,7 @@ impl State {
         if is_lock(&op) {
             self.locks_pending += 1;
         }
-        let request = Request { seq, cred: Some(cred.clone()), op: Some(op) };
+        let request = Request { seq, cred: Some(cred.clone()), op: Some(op), earlier: Vec::new() };
         let since = Instant::now();
         self.pending
             .insert(seq, Pending { request, reply, deadline, since, sent: false, cancelled: false, counted });
@@ -579,10 +579,11 @@ impl State {
         self.welcomed = true;
     }
 
-    /// The master closed the session, because it was silent too long. A mutation that was sent may or may not have been
-    /// carried out, and nobody can tell any more: it fails, unless doing it twice does no harm. Locks are lost. Files
-    /// stay open: the next hello asserts them, for the new session.
+    /// The master closed the session, because it was silent too long. A mutation that was sent may or may not have been carried
+    /// out: it is sent again in the new session with the name of the old one, whose answers the master has kept, and is done only if
+    /// it was not. Locks are lost. Files stay open: the next hello asserts them, for the new session.
     pub fn expired(&mut self, nonce: u64) -> Outcome {
+        let ended = EarlierSession { session: self.session, nonce: self.nonce };
         self.session = 0;
         self.nonce = nonce;
         self.welcomed = false;
@@ -592,12 +593,17 @@ impl State {
         if lost > 0 {
             tracing::warn!(owners = lost, "the session expired: its locks are lost");
         }
-        let unknown: Vec<u64> = self
-            .pending
-            .iter()
-            .filter(|(_, pending)| pending.sent && !harmless_twice(&pending.request))
-            .map(|(seq, _)| *seq)
-            .collect();
+        let mut unknown = Vec::new();
+        for (seq, pending) in &mut self.pending {
+            if !pending.sent || harmless_twice(&pending.request) {
+                continue;
+            }
+            if pending.request.earlier.len() < limits::EARLIER_SESSIONS_MAX {
+                pending.request.earlier.push(ended);
+            } else {
+                unknown.push(*seq);
+            }
+        }
         let mut outcome = Outcome::default();
         let ended = self.leases.end();
         outcome.leaving.extend(ended.into_iter().map(|(ino, held)| Leaving { ino, held, keep: None }));
@@ -606,7 +612,7 @@ impl State {
             if let Some(reply) = pending.reply.take() {
                 let error = FsError::new(
                     ErrorCode::ErrorIo,
-                    "the session expired before the answer came: the change may or may not have been made",
+                    "sessions expire again and again before the answer comes: the change may or may not have been made",
                 );
                 outcome.completions.push(Completion { reply, heard: Heard::nothing(error) });
             }

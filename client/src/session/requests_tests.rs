@@ -142,31 +142,45 @@ fn the_hello_asserts_opens_and_locks_again() {
 }
 
 #[test]
-fn an_expired_session_fails_changes_of_unknown_outcome_and_carries_over_the_rest() {
+fn what_an_expired_session_did_not_answer_is_asked_for_in_the_next_ones() {
     let mut state = connected();
-    let (unknown, mut a) = submit(&mut state, mutation());
+    let (change, mut a) = submit(&mut state, mutation());
     let commit = |slices| {
         let commit = v1::Commit { slices, set: Some(v1::SetAttr::default()), ..v1::Commit::default() };
         request::Op::Mutation(v1::Mutation { op: Some(mutation::Op::Commit(commit)) })
     };
     // Its chunk is fenced; without one it would set attributes twice.
     let (with_bytes, _b) = submit(&mut state, commit(vec![v1::CommitSlice::default()]));
-    let (without, mut e) = submit(&mut state, commit(vec![]));
+    let (without, _e) = submit(&mut state, commit(vec![]));
     let (asked, _c) = submit(&mut state, query());
-    assert_eq!(sent(&mut state), [unknown, with_bytes, without, asked]);
+    assert_eq!(sent(&mut state), [change, with_bytes, without, asked]);
     let (unsent, _d) = submit(&mut state, mutation());
-    let commit = with_bytes;
-    let outcome = state.expired(8);
-    assert_eq!(outcome.freed, 2);
-    done(outcome);
-    for answer in [&mut a, &mut e] {
-        let error = answer.try_recv().expect("answered").result.expect_err("failed");
-        assert_eq!(error.code, ErrorCode::ErrorIo);
+    let mut before = Vec::new();
+    for number in 0..limits::EARLIER_SESSIONS_MAX as u64 {
+        before.push(EarlierSession { session: 3 + number, nonce: 7 + number });
+        assert_eq!(done(state.expired(8 + number)), 0);
+        let hello = state.hello("n", "h", NOW);
+        assert_eq!((hello.session, hello.nonce), (0, 8 + number));
+        state.welcome(&welcome(4 + number), &mut 0);
+        let frame = state.frame(NOW).expect("all of them");
+        let again: Vec<_> =
+            frame.requests.iter().map(|request| (request.seq, &request.earlier[..])).collect();
+        // The last one was first sent after the first session had ended.
+        let later = &before[1..];
+        let all =
+            [(change, &before[..]), (with_bytes, &[]), (without, &before), (asked, &[]), (unsent, later)];
+        assert_eq!(again, all);
     }
-    let hello = state.hello("n", "h", NOW);
-    assert_eq!((hello.session, hello.nonce), (0, 8));
-    state.welcome(&welcome(4), &mut 0);
-    assert_eq!(sent(&mut state), [commit, asked, unsent]);
+    // It may not have ended yet, for the master.
+    assert_eq!(done(answered(&mut state, vec![failure(without, ErrorCode::ErrorUnavailable)])), 0);
+    state.retry_deferred();
+    assert_eq!(state.frame(NOW).expect("again").requests[0].earlier, before);
+    assert_eq!(done(answered(&mut state, vec![failure(without, ErrorCode::ErrorNotFound)])), 1);
+    // That is bounded.
+    let outcome = state.expired(99);
+    assert_eq!((outcome.freed, done(outcome)), (1, 1));
+    let error = a.try_recv().expect("answered").result.expect_err("failed");
+    assert_eq!(error.code, ErrorCode::ErrorIo);
 }
 
 #[test]

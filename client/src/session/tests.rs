@@ -394,8 +394,7 @@ async fn an_expired_session_is_replaced_and_that_is_told() {
     assert_eq!(*changed.borrow_and_update(), SessionId(7));
     let open = hold::Op::Open(v1::Open { ino: 5, ..v1::Open::default() });
     session.hold(&OWN, open).await.expect("open");
-    let error = unlink(&session, "lost").await.expect_err("nobody knows");
-    assert_eq!(error.code, ErrorCode::ErrorIo);
+    assert_eq!(unlink(&session, "lost").await, Ok("lost".to_owned()), "asked for in the new session");
     changed.changed().await.expect("told");
     assert_eq!(*changed.borrow_and_update(), SessionId(8));
     assert_eq!(unlink(&session, "x").await, Ok("x".to_owned()));
@@ -403,6 +402,8 @@ async fn an_expired_session_is_replaced_and_that_is_told() {
     let hello = world.hellos.last().expect("three hellos");
     assert_eq!((hello.session, hello.opens.len()), (0, 1), "files stay open");
     assert_ne!(hello.nonce, world.hellos[0].nonce);
+    let before = v1::EarlierSession { session: 7, nonce: world.hellos[0].nonce };
+    assert!(world.requests.iter().any(|request| request.earlier == [before]));
 }
 
 #[tokio::test(start_paused = true)]

@@ -7,7 +7,7 @@ use super::room::Level;
 use super::store::Shared;
 use super::types::{Payload, Raft, TypeConfig};
 use super::{Leadership, NotLeader};
-use crate::state::{Applied, BATCH_VERSION, Kv, cluster_row, is_answered};
+use crate::state::{Applied, BATCH_VERSION, Kv, cluster_row, is_answered, session};
 use dfs_env::Env;
 use dfs_proto::v1::{self, Batch, ErrorCode, Timestamp};
 use dfs_proto::{FsError, SessionId, limits};
@@ -167,7 +167,9 @@ impl Batcher {
         }
         let leave = |command: &v1::Command| match &command.body {
             Some(v1::command::Body::Mutation(_)) => {
-                let answered = is_answered(&*self.kv, SessionId(command.session), command.seq);
+                let earlier = command.earlier.iter().map(|before| before.session);
+                let sessions = earlier.chain([command.session]).map(SessionId);
+                let answered = is_answered(&*self.kv, sessions, command.seq);
                 // Whoever repeats what was done is told what came of it.
                 !everything && answered.unwrap_or(true)
             }
@@ -178,8 +180,12 @@ impl Batcher {
                 waiting.push_back(proposal);
                 continue;
             }
-            let failure: v1::Failure =
-                FsError::new(ErrorCode::ErrorNoSpace, "the masters have no room for changes").into();
+            // An earlier session of the client that has not ended may do it yet: then it is not told that it was refused.
+            let undecided = proposal.command.earlier.iter().any(|before| {
+                session(&*self.kv, SessionId(before.session)).map_or(true, |row| row.is_some())
+            });
+            let code = if undecided { ErrorCode::ErrorUnavailable } else { ErrorCode::ErrorNoSpace };
+            let failure: v1::Failure = FsError::new(code, "the masters have no room for changes").into();
             let refusal = match proposal.command.body {
                 Some(v1::command::Body::System(_)) => {
                     let body = Some(v1::system_answer::Body::Failure(failure));

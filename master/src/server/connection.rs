@@ -10,7 +10,7 @@
 //! sent is answers to those requests, and HTTP/2 stops polling us while the client does not read.
 
 use super::session::gone;
-use super::term::Term;
+use super::term::{Answers, Term};
 use super::{Gone, RAFT_WAIT};
 use super::{locking, questions, requests};
 use crate::leases::table::{self, Kind};
@@ -211,7 +211,8 @@ impl Connection {
             let (seq, cred) = (request.seq, requests::cred(request.cred, self.rights));
             match request.op {
                 Some(request::Op::Mutation(mutation)) => {
-                    let mutation = requests::mutate(link, seq, self.lowest_unanswered, cred, mutation);
+                    let mutation =
+                        requests::mutate(link, seq, self.lowest_unanswered, cred, request.earlier, mutation);
                     self.running.push(mutation.boxed());
                 }
                 Some(request::Op::Hold(hold)) => match hold.op {
@@ -303,7 +304,7 @@ impl Connection {
 
     /// The client said goodbye and has all its answers: the session is closed, then the stream.
     async fn leave(&mut self) -> Option<Result<MasterFrame, Status>> {
-        let close = self.link.term.close_session(self.link.session);
+        let close = self.link.term.close_session(self.link.session, Answers::Forget);
         match tokio::time::timeout(RAFT_WAIT, close).await {
             Ok(Ok(())) => {
                 tracing::info!(session = %self.link.session, "closed");

@@ -1,7 +1,7 @@
 //! What a master does while it leads, beside answering: sessions expire, orphans are freed, chunks sealed and dropped.
 
 use super::jobs::Lane;
-use super::term::Term;
+use super::term::{Answers, Term};
 use super::{Gone, Shared, census, change, compacting, masters, repairing, sealing, space};
 use crate::leases::table::Kind;
 use crate::raft::Leadership;
@@ -165,7 +165,7 @@ async fn expire_sessions(term: Arc<Term>) {
         }
         for id in silent(&term, now.saturating_sub(ttl + EXPIRY_MARGIN)) {
             tracing::info!(session = %id, "a session expired");
-            if term.close_session(id).await.is_err() {
+            if term.close_session(id, Answers::Keep).await.is_err() {
                 return;
             }
         }

@@ -9,11 +9,11 @@ use crate::leases::opens::{Access, Ticket};
 use crate::leases::table::Clock;
 use crate::placement::NoPlace;
 use crate::state::{self, Applied};
-use dfs_proto::limits::{ALLOC_CHUNKS_MAX, NODE_SUSPECT_MS, REPLICAS_MAX};
+use dfs_proto::limits::{ALLOC_CHUNKS_MAX, EARLIER_SESSIONS_MAX, NODE_SUSPECT_MS, REPLICAS_MAX};
 use dfs_proto::v1::{
     self, Answer, Command, Cred, ErrorCode, Mutation, Reply, answer::Body, command, mutation,
 };
-use dfs_proto::{ByteLen, FsError, InodeNo};
+use dfs_proto::{ByteLen, FsError, InodeNo, SessionId};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -66,8 +66,13 @@ pub async fn mutate(
     seq: u64,
     lowest_unanswered: u64,
     cred: Cred,
+    earlier: Vec<v1::EarlierSession>,
     mut mutation: Mutation,
 ) -> Result<Done, Gone> {
+    if earlier.len() > EARLIER_SESSIONS_MAX {
+        let error = FsError::new(ErrorCode::ErrorInvalid, format!("{} earlier sessions", earlier.len()));
+        return Ok(Done::Reply(reply(seq, failed(error))));
+    }
     if let Err(error) = check_opens(&link, mutation.op.as_ref()) {
         return Ok(Done::Reply(reply(seq, failed(error))));
     }
@@ -81,7 +86,8 @@ pub async fn mutate(
         Err(error) => return Ok(Done::Reply(reply(seq, failed(error)))),
     };
     // What it answers then may be old: others have changed things since.
-    let repeated = match state::is_answered(&*link.term.kv(), link.session, seq) {
+    let sessions = earlier.iter().map(|before| SessionId(before.session)).chain([link.session]);
+    let repeated = match state::is_answered(&*link.term.kv(), sessions, seq) {
         Ok(repeated) => repeated,
         Err(error) => {
             return Ok(Done::Reply(reply(seq, failed(store_failed("looking for an answer", &error)))));
@@ -108,6 +114,7 @@ pub async fn mutate(
         now: None,
         cred: Some(cred),
         body: Some(command::Body::Mutation(mutation)),
+        earlier,
     };
     let (applied, change) = change.propose(command).await?;
     let mut answer = match applied {

@@ -20,6 +20,15 @@ use tokio::sync::{Notify, Semaphore, watch};
 /// The most sessions at a time.
 const SESSIONS_MAX: usize = 65_536;
 
+/// What is to become of the answers of a session that ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answers {
+    /// Its client has them all.
+    Forget,
+    /// Its client may ask for them in its next session.
+    Keep,
+}
+
 /// A term that this master leads.
 pub struct Term {
     pub shared: Arc<Shared>,
@@ -213,9 +222,9 @@ impl Term {
     }
 
     /// Ends a session for good: opens and locks are free, its open chunks will be sealed.
-    pub async fn close_session(&self, id: SessionId) -> Result<(), Gone> {
+    pub async fn close_session(&self, id: SessionId, answers: Answers) -> Result<(), Gone> {
         self.memory().begin_closing(id);
-        let close = v1::CloseSession { target: id.get() };
+        let close = v1::CloseSession { target: id.get(), keep_answers: answers == Answers::Keep };
         match self.shared.system(system::Op::CloseSession(close)).await? {
             Ok(system_answer::Body::Chunks(list)) => {
                 for chunk in list.chunks {

@@ -6,8 +6,10 @@
 //! ```
 //!
 //! The floor is the client's lowest unanswered sequence, and never more than DEDUP_WINDOW behind the newest one. Below it
-//! nothing is remembered, so nothing may be done: such a command is refused.
+//! nothing is remembered, so nothing may be done: such a command is refused. A change that an earlier session of the client may have
+//! done has the answer of then, see `ended.rs`.
 
+use super::ended::{self, Known};
 use super::keys;
 use super::ops::State;
 use dfs_proto::limits::DEDUP_WINDOW;
@@ -39,7 +41,20 @@ pub fn once(
     if let Some(recorded) = state.tx.row::<v1::Answer>(&key)? {
         return Ok(recorded);
     }
-    let answer = run(state)?;
+    let answer = match ended::known(state, &command.earlier, command.seq)? {
+        Known::Answered(answer) => answer,
+        Known::Never => run(state)?,
+        // It may be carried out yet: nothing is recorded, the client asks again.
+        Known::NotYet => {
+            let text = "a session in which the change was sent has not ended yet";
+            return Ok(failure(ErrorCode::ErrorUnavailable, text.to_owned()));
+        }
+        Known::Forgotten => failure(
+            ErrorCode::ErrorIo,
+            "the session expired before the answer came, and is not remembered: the change may or may not have been made"
+                .to_owned(),
+        ),
+    };
     state.tx.put_row(key, &answer);
     state.tx.keep();
     Ok(answer)

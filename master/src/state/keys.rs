@@ -24,6 +24,8 @@
 //! 0f   node, chunk                             nothing: the node holds a replica of the chunk
 //! 10   session, lease kind, bucket             nothing: the session may hold such leases on inodes of the bucket
 //! 11   chunk                                   nothing: the number is reserved for a chunk that is being made by compaction
+//! 16   session                                 EndedRow: it ended without a goodbye, its answers are kept
+//! 17   seconds since 1970, session             nothing: the session ended then
 //! ```
 
 use dfs_proto::{ByteOffset, ChunkId, InodeNo, NodeId, SessionId};
@@ -56,6 +58,8 @@ pub mod tag {
     pub const REPLICA: u8 = 0x0f;
     pub const LEASED: u8 = 0x10;
     pub const RESERVED: u8 = 0x11;
+    pub const ENDED: u8 = 0x16;
+    pub const ENDED_AT: u8 = 0x17;
 }
 
 /// A range of keys: from the first, up to but without the second.
@@ -230,6 +234,16 @@ pub fn leased(session: SessionId, kind: u64, bucket: u32) -> Vec<u8> {
 #[must_use]
 pub fn leased_of(session: SessionId) -> KeyRange {
     all_with(key(tag::LEASED, &[session.get()], &[]))
+}
+
+#[must_use]
+pub fn ended(session: SessionId) -> Vec<u8> {
+    key(tag::ENDED, &[session.get()], &[])
+}
+
+#[must_use]
+pub fn ended_at(seconds: u64, session: SessionId) -> Vec<u8> {
+    key(tag::ENDED_AT, &[seconds, session.get()], &[])
 }
 
 #[must_use]

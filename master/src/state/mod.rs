@@ -8,6 +8,7 @@
 mod access;
 mod acl;
 mod dedup;
+mod ended;
 mod invariants;
 pub mod keys;
 pub mod kv;

@@ -26,9 +26,15 @@ pub fn session(kv: &dyn Kv, session: SessionId) -> io::Result<Option<v1::Session
     Tx::new(kv).find_session(session)
 }
 
-/// Whether a request of a session was answered before.
-pub fn is_answered(kv: &dyn Kv, session: SessionId, seq: u64) -> io::Result<bool> {
-    Tx::new(kv).get(&keys::answer(session, seq)).map(|answer| answer.is_some())
+/// Whether a request was answered before in one of these sessions.
+pub fn is_answered(kv: &dyn Kv, sessions: impl IntoIterator<Item = SessionId>, seq: u64) -> io::Result<bool> {
+    let tx = Tx::new(kv);
+    for session in sessions {
+        if tx.get(&keys::answer(session, seq))?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Every session.

@@ -73,7 +73,7 @@ impl Restoring {
                 row.epoch = row.epoch.saturating_add(EPOCHS);
                 Ok(Some(row.encode_to_vec()))
             }
-            Some(tag::SESSION | tag::ANSWER | tag::LEASED) => Ok(None),
+            Some(tag::SESSION | tag::ANSWER | tag::LEASED | tag::ENDED | tag::ENDED_AT) => Ok(None),
             _ => Ok(Some(value)),
         }
     }
@@ -147,6 +147,8 @@ mod tests {
             (keys::session(dfs_proto::SessionId(8)), SessionRow::default().encode_to_vec()),
             (keys::answer(dfs_proto::SessionId(8), 1), Vec::new()),
             (keys::leased(dfs_proto::SessionId(8), 1, 2), Vec::new()),
+            (keys::ended(dfs_proto::SessionId(7)), Vec::new()),
+            (keys::ended_at(5, dfs_proto::SessionId(7)), Vec::new()),
         ];
         let kv = MemKv::new();
         kv.apply(&rows.into_iter().map(|(key, value)| (key, Some(value))).collect()).unwrap();
@@ -167,7 +169,11 @@ mod tests {
         let sealed = state::chunk_state(&kv, ChunkId(4)).unwrap().unwrap();
         assert_eq!((sealed.phase(), sealed.epoch), (Phase::Sealed, 1));
         assert!(state::sessions(&kv).unwrap().is_empty() && state::leased(&kv).unwrap().is_empty());
-        assert!(!state::is_answered(&kv, dfs_proto::SessionId(8), 1).unwrap());
+        assert!(!state::is_answered(&kv, [dfs_proto::SessionId(8)], 1).unwrap());
+        assert!(
+            kv.get(&keys::ended(dfs_proto::SessionId(7))).unwrap().is_none(),
+            "nobody of the lost history is answered"
+        );
         // Restored again a second later: numbers go on above those of the second history, and of a clock that went back.
         let again = restored(&kv, &Restoring::new(Base::of_second(1_700_000_000), false));
         assert_eq!(state::cluster_row(&again).unwrap().unwrap().next_chunk, cluster.next_chunk + PER_SECOND);

@@ -191,7 +191,7 @@ impl Client {
     }
 
     pub async fn send_again(&mut self, seq: u64, op: request::Op) {
-        let request = Request { seq, cred: Some(self.cred.clone()), op: Some(op) };
+        let request = Request { seq, cred: Some(self.cred.clone()), op: Some(op), ..Default::default() };
         self.send_frame(ClientFrame { requests: vec![request], ..ClientFrame::default() }).await;
     }
 

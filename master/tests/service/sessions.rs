@@ -1,11 +1,11 @@
 //! Sessions: hello, requests, exactly-once, reconnects, the end.
 
 use crate::harness::*;
-use dfs_proto::PROTOCOL_VERSION;
 use dfs_proto::v1::{
-    ClientFrame, Close, ErrorCode, GetAttr, Hello, Open, OpenFile, Query, ReadDir, Request, StatFs, Unlink,
-    answer::Body, hold, mutation, query, request,
+    ClientFrame, Close, Cred, EarlierSession, ErrorCode, GetAttr, Hello, Open, OpenFile, Query, ReadDir,
+    Request, StatFs, Unlink, answer::Body, hold, mutation, query, request,
 };
+use dfs_proto::{PROTOCOL_VERSION, limits};
 use std::time::Duration;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -49,7 +49,7 @@ async fn requests_of_one_frame_run_side_by_side_and_all_are_answered() {
                 let get = GetAttr { ino: ROOT, generation: 0 };
                 request::Op::Query(Query { op: Some(query::Op::GetAttr(get)) })
             };
-            Request { seq, cred: cred.clone(), op: Some(op) }
+            Request { seq, cred: cred.clone(), op: Some(op), ..Default::default() }
         })
         .collect();
     client.send_frame(ClientFrame { requests, ..ClientFrame::default() }).await;
@@ -58,7 +58,7 @@ async fn requests_of_one_frame_run_side_by_side_and_all_are_answered() {
     }
     assert_eq!(status(master.address()).await.files, 251);
     // A request of a kind that is not known is answered too.
-    let request = Request { seq: 501, cred, op: None };
+    let request = Request { seq: 501, cred, op: None, ..Default::default() };
     client.send_frame(ClientFrame { requests: vec![request], ..ClientFrame::default() }).await;
     assert_eq!(code(&client.answer(501).await), ErrorCode::ErrorNotSupported);
     master.shutdown().await;
@@ -125,6 +125,46 @@ async fn a_silent_session_expires_and_a_lively_one_does_not() {
     assert_eq!(failure.code(), ErrorCode::ErrorSessionExpired);
     assert!(lively.lookup("x").await.is_err());
     assert_eq!(status(master.address()).await.sessions.len(), 1);
+    master.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_session_did_before_it_expired_its_client_hears_in_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let master = start(dir.path()).await;
+    let mut silent = client(master.address()).await;
+    let done = silent.send(mutation_op(create("done", true))).await;
+    let Body::Entry(made) = silent.answer(done).await else { panic!("not made") };
+    let ino = made.attr.unwrap().ino;
+    let earlier = EarlierSession { session: silent.welcome.session, nonce: hello().nonce };
+    // Another nonce than the first one's: it is another session.
+    let mut again = serve(master.address(), Hello { nonce: 77, ..hello() }).await;
+    let request = |seq: u64, name: &str| Request {
+        seq,
+        cred: Some(Cred::default()),
+        op: Some(mutation_op(create(name, true))),
+        earlier: vec![earlier],
+    };
+    let ask = |requests| ClientFrame { requests, ..ClientFrame::default() };
+    // While the first one lives nobody can say.
+    again.send_frame(ask(vec![request(done + 1, "new")])).await;
+    assert_eq!(code(&again.answer(done + 1).await), ErrorCode::ErrorUnavailable);
+    for number in 1..=20 {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        again.keep_alive(number).await;
+    }
+    let failure = refused(master.address(), silent.resume()).await;
+    assert_eq!(failure.code(), ErrorCode::ErrorSessionExpired);
+    again.send_frame(ask(vec![request(done, "done"), request(done + 1, "new")])).await;
+    let Body::Entry(told) = again.answer(done).await else { panic!("it was made, and exists") };
+    assert_eq!((told.created, told.attr.unwrap().ino), (true, ino));
+    let Body::Entry(new) = again.answer(done + 1).await else { panic!("not made") };
+    assert!(new.created);
+    let sessions = status(master.address()).await.sessions;
+    assert_eq!((sessions.len(), sessions[0].opens), (1, 2), "both are open in the new session");
+    let many = vec![earlier; limits::EARLIER_SESSIONS_MAX + 1];
+    again.send_frame(ask(vec![Request { earlier: many, ..request(done + 2, "x") }])).await;
+    assert_eq!(code(&again.answer(done + 2).await), ErrorCode::ErrorInvalid);
     master.shutdown().await;
 }
 

@@ -99,6 +99,9 @@ struct Found {
     /// By session and chunk.
     unsealed: BTreeSet<(u64, u64)>,
     sessions: BTreeMap<u64, SessionRow>,
+    ended: BTreeMap<u64, v1::EndedRow>,
+    /// By seconds and session.
+    ended_at: BTreeSet<(u64, u64)>,
     /// By session and sequence.
     answers: BTreeSet<(u64, u64)>,
     nodes: BTreeMap<u64, NodeRow>,
@@ -168,6 +171,12 @@ impl Found {
             Some(tag::LEASED) => {
                 self.leased.insert(at(0)?);
             }
+            Some(tag::ENDED) => {
+                self.ended.insert(at(0)?, decode(key, value)?);
+            }
+            Some(tag::ENDED_AT) => {
+                self.ended_at.insert((at(0)?, at(1)?));
+            }
             Some(tag::RESERVED) => {
                 self.reserved.insert(at(0)?);
             }
@@ -205,10 +214,19 @@ fn check_sessions(found: &Found, violations: &mut Violations) {
     for session in found.leased.iter().filter(|session| !found.sessions.contains_key(session)) {
         violations.push(format!("leases of session {session}, which does not exist"));
     }
+    let listed: BTreeMap<u64, u64> =
+        found.ended_at.iter().map(|(seconds, session)| (*session, *seconds)).collect();
+    violations.unless(listed.len() == found.ended_at.len() && listed.keys().eq(found.ended.keys()), || {
+        format!("{} sessions that have ended, {} by their time", found.ended.len(), found.ended_at.len())
+    });
+    for session in found.ended.keys().filter(|session| found.sessions.contains_key(session)) {
+        violations.push(format!("session {session} has ended and has not"));
+    }
     for (session, seq) in &found.answers {
-        match found.sessions.get(session) {
+        let running = found.sessions.get(session).map(|row| row.lowest_unanswered);
+        match running.or_else(|| found.ended.get(session).map(|row| row.lowest_unanswered)) {
             None => violations.push(format!("answer {seq} of session {session}, which does not exist")),
-            Some(row) => violations.unless(*seq >= row.lowest_unanswered, || {
+            Some(lowest_unanswered) => violations.unless(*seq >= lowest_unanswered, || {
                 format!("answer {seq} of session {session} was to be forgotten")
             }),
         }

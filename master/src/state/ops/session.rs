@@ -2,8 +2,8 @@
 
 use super::State;
 use super::create::GENERATION;
-use crate::state::keys;
 use crate::state::rows::{Inode, OpResult, number};
+use crate::state::{ended, keys};
 use bytes::Bytes;
 use dfs_proto::limits::{CHUNK_SIZE_MAX, CHUNK_SIZE_MIN, REPLICAS_MAX};
 use dfs_proto::v1::{self, Attr, ErrorCode, Kind, LeaseKind, Timestamp, system_answer::Body};
@@ -68,12 +68,16 @@ pub fn open(s: &mut State<'_>, op: &v1::OpenSession) -> Body {
     Body::Session(session.get())
 }
 
-/// Ends a session and forgets its answers. Its chunks are listed: they are to be fenced and sealed. Repeating it lists
+/// Ends a session. Its answers are forgotten if it said goodbye, and kept for a while if it was lost. Its chunks are listed: they are to be fenced and sealed. Repeating it lists
 /// those that still are not sealed.
 pub fn close(s: &mut State<'_>, op: &v1::CloseSession) -> OpResult<Body> {
     let session = SessionId(op.target);
+    if let Some(row) = s.tx.find_session(session)?.filter(|_| op.keep_answers) {
+        ended::keep(s, session, &row)?;
+    }
     s.tx.delete(keys::session(session));
-    for rows in [keys::answers_of(session), keys::leased_of(session)] {
+    let answers = (!ended::is_kept(s, session)?).then(|| keys::answers_of(session));
+    for rows in answers.into_iter().chain([keys::leased_of(session)]) {
         for key in s.tx.collect(&rows, usize::MAX, |key, _| Ok(key.to_vec()))? {
             s.tx.delete(key);
         }

@@ -99,6 +99,7 @@ impl World {
             now: Some(self.now()),
             cred: Some(cred.clone()),
             body: Some(command::Body::Mutation(v1::Mutation { op: Some(op) })),
+            earlier: vec![],
         }
     }
 
