@@ -41,6 +41,7 @@ async fn speed_of_creates_and_lookups() {
             seq,
             cred: Some(dfs_proto::v1::Cred::default()),
             op: Some(mutation_op(create(&format!("many{seq}"), false))),
+            ..Request::default()
         };
         let seqs = first + frame * PER_FRAME..first + (frame + 1) * PER_FRAME;
         let requests = seqs.map(request).collect();
