@@ -92,6 +92,7 @@ pub fn open(disk: &dyn Disk, path: &Path, chunk: ChunkId, cluster: [u8; 16]) -> 
         }
         _ => {}
     }
+    read_from_medium(&*file, file_len)?;
     let mut scan = Scan::new(&*file, chunk, file_len);
     scan.run()?;
     if scan.records == 0 && header.is_err() && !scan.gap_before_records()? {
@@ -100,6 +101,14 @@ pub fn open(disk: &dyn Disk, path: &Path, chunk: ChunkId, cluster: [u8; 16]) -> 
         return Ok(Opened::Nothing);
     }
     scan.finish(header.as_ref().ok(), cluster).map(Opened::Chunk)
+}
+
+/// Has what is read next come from the disk. After an fdatasync that failed, in an earlier life of the process too, the kernel
+/// calls pages clean that are not there: what is found in them would be reported as held, and be gone with the power. Pages that
+/// are still to be written are not forgotten, so they are written first.
+fn read_from_medium(file: &dyn DiskFile, file_len: u64) -> io::Result<()> {
+    file.sync_data()?;
+    file.forget_cached(0..file_len)
 }
 
 /// A sealed file's trailer, when it is valid.

@@ -1,5 +1,6 @@
 //! A disk in memory for tests: it counts syncs, fails on demand, and loses on a power cut what was not synced, each
-//! sector of each write by itself, so also in another order than written.
+//! sector of each write by itself, so also in another order than written. After a sync that failed it does as Linux does: what was to
+//! be written counts as written, and is read until it is forgotten.
 
 use crate::lock;
 use dfs_env::disk::{Disk, DiskFile, OpenMode, Space};
@@ -16,6 +17,37 @@ const SECTOR: usize = 512;
 struct Content {
     live: Vec<u8>,
     durable: Vec<u8>,
+    /// What was read when a sync failed: sectors that are still the same are not written by the next one.
+    given_up: Option<Vec<u8>>,
+}
+
+impl Content {
+    fn sectors(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let length = self.live.len();
+        (0..length).step_by(SECTOR).map(move |from| from..(from + SECTOR).min(length))
+    }
+
+    fn is_given_up(&self, sector: &Range<usize>) -> bool {
+        self.given_up.as_ref().is_some_and(|then| then.get(sector.clone()) == self.live.get(sector.clone()))
+    }
+
+    fn sync(&mut self) {
+        self.durable.resize(self.live.len(), 0);
+        for sector in self.sectors().filter(|sector| !self.is_given_up(sector)).collect::<Vec<_>>() {
+            self.durable[sector.clone()].copy_from_slice(&self.live[sector]);
+        }
+    }
+
+    fn forget(&mut self, range: &Range<u64>) {
+        let inside = |at: usize| range.contains(&(at as u64));
+        for sector in self.sectors().filter(|sector| self.is_given_up(sector)).collect::<Vec<_>>() {
+            if inside(sector.start) && inside(sector.end - 1) {
+                let (there, zeroes) = (self.durable.get(sector.clone()), vec![0; sector.len()]);
+                let there = there.unwrap_or(&zeroes).to_vec();
+                self.live[sector].copy_from_slice(&there);
+            }
+        }
+    }
 }
 
 type File = Arc<Mutex<Content>>;
@@ -65,7 +97,8 @@ impl TestDisk {
         names.live = names.durable.clone();
         for file in names.live.values() {
             let mut file = lock(file);
-            let Content { live, durable } = &mut *file;
+            file.given_up = None;
+            let Content { live, durable, .. } = &mut *file;
             if live.len() != durable.len() && keep() {
                 durable.resize(live.len(), 0);
             }
@@ -177,23 +210,25 @@ impl DiskFile for TestFile {
         Ok(())
     }
     fn forget_cached(&self, range: Range<u64>) -> io::Result<()> {
-        let content = lock(&self.content);
+        let mut content = lock(&self.content);
         let part = |bytes: &[u8]| {
             let at = |end: u64| usize::try_from(end).map_or(bytes.len(), |end| end.min(bytes.len()));
             bytes[at(range.start)..at(range.end)].to_vec()
         };
         let durable = part(&content.live) == part(&content.durable);
+        content.forget(&range);
         lock(&self.faults.forgotten).push((range, durable));
         Ok(())
     }
     fn sync_data(&self) -> io::Result<()> {
         self.faults.change()?;
         self.faults.syncs.fetch_add(1, Ordering::Relaxed);
+        let mut content = lock(&self.content);
         if self.faults.sync.load(Ordering::Relaxed) {
+            content.given_up = Some(content.live.clone());
             return Err(io::Error::other("the medium is worn out"));
         }
-        let mut content = lock(&self.content);
-        content.durable = content.live.clone();
+        content.sync();
         Ok(())
     }
 }

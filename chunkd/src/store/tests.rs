@@ -362,6 +362,24 @@ async fn a_failed_fdatasync_is_never_made_good() {
 }
 
 #[tokio::test]
+async fn a_process_that_starts_again_does_not_believe_what_the_last_one_could_not_sync() {
+    let disk = TestDisk::default();
+    let store = open(&disk).await;
+    build(&store, &[2000], true).await;
+    disk.faults.sync.store(true, Ordering::Relaxed);
+    assert_eq!(code(add(&store, 1, 2000, 2000, true).await), ErrorCode::ErrorIo);
+    disk.faults.sync.store(false, Ordering::Relaxed);
+    drop(store);
+    // The process ends, the power stays: the kernel still shows what is not on the disk, and calls it clean.
+    let store = open(&disk).await;
+    let held = store.report()[0].length;
+    assert_eq!(held, 2000);
+    drop(store);
+    disk.cut_power(|| false);
+    assert_eq!(open(&disk).await.report()[0].length, held, "what was reported is there");
+}
+
+#[tokio::test]
 async fn many_who_sync_share_a_few_fdatasyncs() {
     let disk = TestDisk::default();
     let store = open(&disk).await;
