@@ -42,7 +42,7 @@ pub fn once(
         return Ok(recorded);
     }
     let answer = match ended::known(state, &command.earlier, command.seq)? {
-        Known::Answered(answer) => answer,
+        Known::Answered(answer) => *answer,
         Known::Never => run(state)?,
         // It may be carried out yet: nothing is recorded, the client asks again.
         Known::NotYet => {

@@ -16,7 +16,7 @@ use std::io;
 
 /// What the earlier sessions of a client know of a change.
 pub enum Known {
-    Answered(v1::Answer),
+    Answered(Box<v1::Answer>),
     /// None of them has carried it out, and none ever will.
     Never,
     /// One of them has not ended yet.
@@ -38,7 +38,7 @@ pub fn known(state: &State<'_>, earlier: &[v1::EarlierSession], seq: u64) -> io:
         match row.filter(|row| row.nonce == before.nonce && row.lowest_unanswered <= seq) {
             Some(_) => {
                 if let Some(answer) = state.tx.row(&keys::answer(session, seq))? {
-                    return Ok(Known::Answered(answer));
+                    return Ok(Known::Answered(Box::new(answer)));
                 }
             }
             None => return Ok(Known::Forgotten),
