@@ -75,13 +75,13 @@ impl v1::admin_server::Admin for AdminService {
     type FsckStream = ReceiverStream<Result<v1::FsckReply, Status>>;
 
     async fn fsck(&self, request: Request<v1::FsckRequest>) -> Result<Response<Self::FsckStream>, Status> {
-        let v1::FsckRequest { deep, now_ms, proof } = request.into_inner();
-        self.check_proof("fsck", 0, now_ms, &proof)?;
+        let v1::FsckRequest { deep, now_ms, proof, repair } = request.into_inner();
+        self.check_proof(if repair { "fsck repair" } else { "fsck" }, 0, now_ms, &proof)?;
         let term = self.shared.term().await.map_err(|_| not_here())?;
         let alone = Arc::clone(&term.fsck).try_acquire_owned();
         let alone = alone.map_err(|_| Status::resource_exhausted("another check is under way"))?;
         let (replies, outgoing) = mpsc::channel(1);
-        tokio::spawn(fsck::run(term, deep, replies, alone));
+        tokio::spawn(fsck::run(term, fsck::Wish { deep, repair }, replies, alone));
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 
