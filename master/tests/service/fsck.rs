@@ -17,7 +17,8 @@ async fn fsck(address: &str, repair: bool) -> FsckReply {
     let channel = rpc::connect(&env, address, rpc::Tuning::default()).await.expect("connects");
     let now_ms = env.clock.system_ms();
     let purpose = if repair { "fsck repair" } else { "fsck" };
-    let proof = Bytes::copy_from_slice(&key().proof(purpose, 0, now_ms));
+    let challenge = status(address).await.challenge;
+    let proof = Bytes::copy_from_slice(&key().proof(purpose, 0, now_ms, challenge));
     let request = FsckRequest { deep: false, now_ms, proof, repair };
     let mut replies = AdminClient::new(channel).fsck(request).await.expect("begins").into_inner();
     let mut all = FsckReply::default();

@@ -6,8 +6,8 @@ use crate::server::sealing;
 use crate::server::term::Term;
 use crate::state;
 use dfs_proto::limits::{COPY_WAIT_MS, MEND_FAULTS_MAX, SLOWEST_COPY};
-use dfs_proto::v1::{self, FsckReply, fault::What, system, system_answer};
-use dfs_proto::{ByteLen, ChunkId, NodeId, SessionId};
+use dfs_proto::v1::{self, ErrorCode, FsckReply, fault::What, system, system_answer};
+use dfs_proto::{ByteLen, ChunkId, FsError, NodeId, SessionId};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -24,7 +24,9 @@ pub async fn mend_state(term: &Arc<Term>, replies: &Replies, reply: &mut FsckRep
         let findings = check_state(term, reply).await?;
         let (mut seen, mut any) = (findings.mended, false);
         for faults in findings.faults.chunks(MEND_FAULTS_MAX) {
-            let lines = mend(term, seen, faults).await?;
+            // Whoever asked may go at any time: what is proposed is not left without its claim for that.
+            let mending = tokio::spawn(mend(Arc::clone(term), seen, faults.to_vec()));
+            let lines = mending.await.map_err(|error| Stop::Failed(unfinished(&error)))??;
             seen += 1;
             for line in &lines {
                 tracing::warn!("mended: {line}");
@@ -40,13 +42,17 @@ pub async fn mend_state(term: &Arc<Term>, replies: &Replies, reply: &mut FsckRep
     Ok(())
 }
 
+fn unfinished(error: &tokio::task::JoinError) -> FsError {
+    FsError::new(ErrorCode::ErrorIo, format!("mending was not finished: {error}"))
+}
+
 /// Has some faults mended, while nobody caches anything of the inodes that they are about.
-async fn mend(term: &Arc<Term>, mended: u64, faults: &[v1::Fault]) -> Result<Vec<String>, Stop> {
-    let kv = term.kv();
-    let touched = state::mended_inodes(&*kv, faults);
+async fn mend(term: Arc<Term>, mended: u64, faults: Vec<v1::Fault>) -> Result<Vec<String>, Stop> {
+    let term = &term;
+    let touched = state::mended_inodes(&*term.kv(), &faults);
     let touched = touched.map_err(|error| crate::server::store_failed("reading what is mended", &error))?;
     let claim = Claim::of_the_cluster(term, &touched).await.map_err(|_| Stop::Gone)?;
-    let op = v1::Mend { mended, faults: faults.to_vec() };
+    let op = v1::Mend { mended, faults: faults.clone() };
     let answer = term.shared.system(system::Op::Mend(op)).await.map_err(|_| Stop::Gone)??;
     drop(claim);
     let system_answer::Body::Mended(v1::Mended { lines }) = answer else { return Ok(Vec::new()) };
