@@ -39,7 +39,7 @@ pub async fn backup(env: &Env, config: &Config, out: &Path) -> Result<String, St
     if out.try_exists().map_err(|error| failed(format!("{shown}: {error}")))? {
         return Err(StartError::Usage(format!("{shown} exists already: a backup overwrites nothing")));
     }
-    let draft = Draft::new(out)?;
+    let draft = Draft::new(env, out)?;
     let begin = async |mut master: AdminClient<Channel>, now_ms, proof| {
         let parts = master.backup(BackupRequest { now_ms, proof }).await?;
         Ok((now_ms, parts.into_inner()))
@@ -80,14 +80,15 @@ struct Draft {
 }
 
 impl Draft {
-    fn new(out: &Path) -> Result<Self, StartError> {
+    /// A file of its own beside `out`: others may be writing a backup of that name, too.
+    fn new(env: &Env, out: &Path) -> Result<Self, StartError> {
         let mut path = out.as_os_str().to_owned();
-        path.push(".part");
+        path.push(format!(".{:016x}.part", env.random()));
         let path = PathBuf::from(path);
         // Whoever may read it reads every name in the file system.
         let mut options = fs::OpenOptions::new();
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        let file = options.read(true).write(true).create(true).truncate(true).open(&path);
+        let file = options.read(true).write(true).create_new(true).open(&path);
         let file = file.map_err(|error| failed(format!("{}: {error}", path.display())))?;
         Ok(Self { file, path })
     }
@@ -110,7 +111,9 @@ impl Draft {
                 return Err(io::Error::other(format!("it is of cluster {found}, not of {cluster}")));
             }
             // Not over a file that somebody has made meanwhile.
-            fs::hard_link(&path, &out)?;
+            let named = fs::hard_link(&path, &out);
+            named
+                .map_err(|error| io::Error::other(format!("cannot be called {}: {error}", out.display())))?;
             fs::remove_file(&path)?;
             fs::File::open(dir)?.sync_all()?;
             Ok(index)
@@ -268,4 +271,31 @@ async fn ask(env: &Env, address: &str) -> Result<(StatusReply, AdminClient<Chann
     let status = client.status(StatusRequest { sessions: false }).await;
     let status = status.map_err(|status| format!("{address}: {}", status.message()))?.into_inner();
     Ok((status, client))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn backups_to_one_name_at_a_time_are_written_apart() {
+        let (env, dir) = (Env::real(), tempfile::tempdir().unwrap());
+        let out = dir.path().join("backup");
+        let (Ok(first), Ok(second)) = (Draft::new(&env, &out), Draft::new(&env, &out)) else {
+            panic!("no draft");
+        };
+        for (draft, data) in [(&first, "one"), (&second, "two"), (&first, "three"), (&second, "four")] {
+            draft.add(&env, &bytes::Bytes::from_static(data.as_bytes())).await.map_err(drop).unwrap();
+        }
+        assert_eq!(fs::read(&first.path).unwrap(), b"onethree");
+        assert_eq!(fs::read(&second.path).unwrap(), b"twofour");
+        drop(first);
+        assert_eq!(
+            fs::read(&second.path).unwrap(),
+            b"twofour",
+            "of another one that was given up nothing is left"
+        );
+        drop(second);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
 }

@@ -34,6 +34,15 @@ kill -0 $writer || { cat "$WORK/writer"; fail "the writer saw an error"; }
 dfs-master backup --config "$HOME_DIR/conf/master-3.toml" "$WORK/backup.3" || fail "no backup by way of master 3"
 refused 2 'overwrites nothing' "${BACKUP[@]}" "$WORK/backup"
 refused 1 'No such file or directory' "${BACKUP[@]}" "$WORK/nowhere/backup"
+# Two at a time to one name: one of them is the file, whole.
+one=0 two=0
+"${BACKUP[@]}" "$WORK/twice" >"$WORK/one" 2>&1 & first=$!
+"${BACKUP[@]}" "$WORK/twice" >"$WORK/two" 2>&1 || two=$?
+wait $first || one=$?
+(((one == 0) + (two == 0) == 1)) || { cat "$WORK/one" "$WORK/two"; fail "two backups to one name ended with $one and $two"; }
+cat "$WORK/one" "$WORK/two"
+grep -qE 'another backup is being taken|overwrites nothing|exists' "$WORK/one" "$WORK/two" || fail "it does not say why"
+[[ -s $WORK/twice ]] || fail "two backups to one name leave none"
 head -c 32 /dev/urandom | base64 >"$WORK/other.key"
 sed "s|$HOME_DIR/cluster.key|$WORK/other.key|" "$CONF" >"$WORK/stranger.toml"
 refused 1 'the proof is wrong' dfs-master backup --config "$WORK/stranger.toml" "$WORK/stolen"
