@@ -10,17 +10,20 @@ use dfs_env::Env;
 use dfs_env::rpc::{Tuning, connect};
 use dfs_proto::limits::{BACKUP_PROGRESS_MS, MESSAGE_MAX};
 use dfs_proto::v1::admin_client::AdminClient;
-use dfs_proto::v1::{BackupPart, BackupRequest, ForgetNewerRequest, StatusRequest};
+use dfs_proto::v1::{BackupPart, BackupRequest, ForgetNewerRequest, StatusReply, StatusRequest};
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::time::timeout;
-use tonic::Streaming;
 use tonic::transport::Channel;
+use tonic::{Code, Status, Streaming};
 
 /// How long a master may take to say who leads, or to carry out an order.
 const ANSWER: Duration = Duration::from_secs(10);
+/// How often an order is proved anew, and how long after the one before.
+const PROOFS: usize = 5;
+const AGAIN: Duration = Duration::from_millis(100);
 
 fn failed(text: impl std::fmt::Display) -> StartError {
     StartError::Failed(text.to_string().replace('\n', " "))
@@ -36,16 +39,12 @@ pub async fn backup(env: &Env, config: &Config, out: &Path) -> Result<String, St
     if out.try_exists().map_err(|error| failed(format!("{shown}: {error}")))? {
         return Err(StartError::Usage(format!("{shown} exists already: a backup overwrites nothing")));
     }
-    let draft = Draft::new(out)?;
-    let (address, mut master) = leader(env, config).await?;
-    let now_ms = env.clock.system_ms();
-    let proof = config.key.proof("backup", 0, now_ms).to_vec().into();
-    let asked = timeout(ANSWER, master.backup(BackupRequest { now_ms, proof })).await;
-    let mut parts = match asked {
-        Ok(Ok(parts)) => parts.into_inner(),
-        Ok(Err(status)) => return Err(failed(format!("{address}: {}", status.message()))),
-        Err(_) => return Err(failed(format!("{address}: no answer within {ANSWER:?}"))),
+    let draft = Draft::new(env, out)?;
+    let begin = async |mut master: AdminClient<Channel>, now_ms, proof| {
+        let parts = master.backup(BackupRequest { now_ms, proof }).await?;
+        Ok((now_ms, parts.into_inner()))
     };
+    let (address, (now_ms, mut parts)) = order(env, config, "backup", begin).await?;
     let mut at = 0;
     while let Some(part) = next_part(&mut parts, &address).await? {
         if !config.key.verify(PART, &part_bytes(now_ms, at, part.last, &part.data), &part.proof) {
@@ -81,14 +80,15 @@ struct Draft {
 }
 
 impl Draft {
-    fn new(out: &Path) -> Result<Self, StartError> {
+    /// A file of its own beside `out`: others may be writing a backup of that name, too.
+    fn new(env: &Env, out: &Path) -> Result<Self, StartError> {
         let mut path = out.as_os_str().to_owned();
-        path.push(".part");
+        path.push(format!(".{:016x}.part", env.random()));
         let path = PathBuf::from(path);
         // Whoever may read it reads every name in the file system.
         let mut options = fs::OpenOptions::new();
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        let file = options.read(true).write(true).create(true).truncate(true).open(&path);
+        let file = options.read(true).write(true).create_new(true).open(&path);
         let file = file.map_err(|error| failed(format!("{}: {error}", path.display())))?;
         Ok(Self { file, path })
     }
@@ -111,7 +111,9 @@ impl Draft {
                 return Err(io::Error::other(format!("it is of cluster {found}, not of {cluster}")));
             }
             // Not over a file that somebody has made meanwhile.
-            fs::hard_link(&path, &out)?;
+            let named = fs::hard_link(&path, &out);
+            named
+                .map_err(|error| io::Error::other(format!("cannot be called {}: {error}", out.display())))?;
             fs::remove_file(&path)?;
             fs::File::open(dir)?.sync_all()?;
             Ok(index)
@@ -197,18 +199,49 @@ pub async fn recover(env: &Env, config: &Config, confirmed: bool) -> Result<Stri
 /// # Errors
 /// `Failed` when no leader does it.
 pub async fn forget_newer(env: &Env, config: &Config) -> Result<String, StartError> {
-    let (address, mut master) = leader(env, config).await?;
-    let now_ms = env.clock.system_ms();
-    let proof = config.key.proof("forget newer", 0, now_ms).to_vec().into();
-    match timeout(ANSWER, master.forget_newer(ForgetNewerRequest { now_ms, proof })).await {
-        Ok(Ok(_)) => Ok("chunks made after the backup are being deleted".to_owned()),
-        Ok(Err(status)) => Err(failed(format!("{address}: {}", status.message()))),
-        Err(_) => Err(failed(format!("{address}: no answer within {ANSWER:?}"))),
+    let forget = async |mut master: AdminClient<Channel>, now_ms, proof| {
+        master.forget_newer(ForgetNewerRequest { now_ms, proof }).await
+    };
+    order(env, config, "forget newer", forget).await?;
+    Ok("chunks made after the backup are being deleted".to_owned())
+}
+
+/// Has the leader begin something, which `call` asks it for at a time and with a proof for that. Answers the leader, too.
+async fn order<T>(
+    env: &Env,
+    config: &Config,
+    what: &str,
+    call: impl AsyncFn(AdminClient<Channel>, u64, bytes::Bytes) -> Result<T, Status>,
+) -> Result<(String, T), StartError> {
+    let mut tries = 0;
+    loop {
+        let Leader { address, challenge, client } = leader(env, config).await?;
+        let now_ms = env.clock.system_ms();
+        let proof = config.key.proof(what, 0, now_ms, challenge).to_vec().into();
+        tries += 1;
+        match timeout(ANSWER, call(client, now_ms, proof)).await {
+            Ok(Ok(answer)) => return Ok((address, answer)),
+            // Another leader, or somebody else with the same order in this very millisecond: another proof is needed.
+            Ok(Err(status))
+                if matches!(status.code(), Code::Unauthenticated | Code::Aborted) && tries < PROOFS =>
+            {
+                tokio::time::sleep(AGAIN).await;
+            }
+            Ok(Err(status)) => return Err(failed(format!("{address}: {}", status.message()))),
+            Err(_) => return Err(failed(format!("{address}: no answer within {ANSWER:?}"))),
+        }
     }
 }
 
+/// The master that leads, and what proofs are made for as long as it does.
+struct Leader {
+    address: String,
+    challenge: u64,
+    client: AdminClient<Channel>,
+}
+
 /// The leading master, as the masters that the settings name say.
-async fn leader(env: &Env, config: &Config) -> Result<(String, AdminClient<Channel>), StartError> {
+async fn leader(env: &Env, config: &Config) -> Result<Leader, StartError> {
     let mut todo = vec![config.advertised().to_owned()];
     todo.extend(config.peers.values().filter(|peer| *peer != config.advertised()).cloned());
     // Each may name another one, which is asked next, once.
@@ -220,8 +253,10 @@ async fn leader(env: &Env, config: &Config) -> Result<(String, AdminClient<Chann
         }
         asked.push(address.clone());
         match timeout(ANSWER, ask(env, &address)).await {
-            Ok(Ok((true, _, client))) => return Ok((address, client)),
-            Ok(Ok((false, leader, _))) => todo.push(leader),
+            Ok(Ok((status, client))) if !status.cluster_id.is_empty() => {
+                return Ok(Leader { address, challenge: status.challenge, client });
+            }
+            Ok(Ok((status, _))) => todo.push(status.leader),
             Ok(Err(cause)) => causes.push(cause),
             Err(_) => causes.push(format!("{address}: no answer within {ANSWER:?}")),
         }
@@ -229,11 +264,38 @@ async fn leader(env: &Env, config: &Config) -> Result<(String, AdminClient<Chann
     Err(failed(format!("no master leads ({})", causes.join("; "))))
 }
 
-/// Whether a master leads; who does.
-async fn ask(env: &Env, address: &str) -> Result<(bool, String, AdminClient<Channel>), String> {
+/// What a master says of itself: only one that leads names its cluster.
+async fn ask(env: &Env, address: &str) -> Result<(StatusReply, AdminClient<Channel>), String> {
     let channel = connect(env, address, Tuning::default()).await.map_err(|error| error.to_string())?;
     let mut client = AdminClient::new(channel).max_decoding_message_size(MESSAGE_MAX);
     let status = client.status(StatusRequest { sessions: false }).await;
     let status = status.map_err(|status| format!("{address}: {}", status.message()))?.into_inner();
-    Ok((!status.cluster_id.is_empty(), status.leader, client))
+    Ok((status, client))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn backups_to_one_name_at_a_time_are_written_apart() {
+        let (env, dir) = (Env::real(), tempfile::tempdir().unwrap());
+        let out = dir.path().join("backup");
+        let (Ok(first), Ok(second)) = (Draft::new(&env, &out), Draft::new(&env, &out)) else {
+            panic!("no draft");
+        };
+        for (draft, data) in [(&first, "one"), (&second, "two"), (&first, "three"), (&second, "four")] {
+            draft.add(&env, &bytes::Bytes::from_static(data.as_bytes())).await.map_err(drop).unwrap();
+        }
+        assert_eq!(fs::read(&first.path).unwrap(), b"onethree");
+        assert_eq!(fs::read(&second.path).unwrap(), b"twofour");
+        drop(first);
+        assert_eq!(
+            fs::read(&second.path).unwrap(),
+            b"twofour",
+            "of another one that was given up nothing is left"
+        );
+        drop(second);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
 }

@@ -87,6 +87,13 @@ pub const GET_CHUNKS_MAX: usize = 1024;
 /// no limit of their own.
 pub const REAP_ROWS_MAX: usize = 4096;
 
+/// The most faults that one command mends: each may have a chunk's extents counted.
+pub const MEND_FAULTS_MAX: usize = 64;
+
+/// How old a proof of an order may be at most, and how far ahead, and how many that were used a leader remembers.
+pub const PROOF_MS: u64 = 300_000;
+pub const PROOFS_MAX: usize = 4096;
+
 /// How long a session outlives its last keep-alive.
 pub const SESSION_TTL_MS: u64 = 20_000;
 /// How long a session may take to give a lease back without committing anything of the inode meanwhile; then it is cut off.

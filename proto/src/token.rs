@@ -83,17 +83,17 @@ impl ClusterKey {
         mac.len() == MAC && self.keyed(purpose, message).verify_truncated_left(mac).is_ok()
     }
 
-    /// The proof that whoever orders something done to a session or a node at this time (milliseconds since 1970) has the
-    /// key. `what` names the order.
+    /// The proof that whoever orders something has the key, at this time (milliseconds since 1970). `what` names the order, `number`
+    /// what it is about, `challenge` the term of the leader that is to obey, once.
     #[must_use]
-    pub fn proof(&self, what: &str, number: u64, now_ms: u64) -> [u8; MAC] {
-        self.mac(what, &order_message(number, now_ms))
+    pub fn proof(&self, what: &str, number: u64, now_ms: u64, challenge: u64) -> [u8; MAC] {
+        self.mac(what, &order_message(number, now_ms, challenge))
     }
 
-    /// Whether such a proof is good; see [`ClusterKey::proof`].
+    /// Whether such a proof is right; see [`ClusterKey::proof`].
     #[must_use]
-    pub fn verify_proof(&self, what: &str, number: u64, now_ms: u64, proof: &[u8]) -> bool {
-        self.verify(what, &order_message(number, now_ms), proof)
+    pub fn verify_proof(&self, what: &str, number: u64, now_ms: u64, challenge: u64, proof: &[u8]) -> bool {
+        self.verify(what, &order_message(number, now_ms, challenge), proof)
     }
 
     fn keyed(&self, purpose: &str, message: &[u8]) -> Hmac<Sha256> {
@@ -151,8 +151,8 @@ impl ClusterKey {
     }
 }
 
-fn order_message(number: u64, now_ms: u64) -> Vec<u8> {
-    [number.to_le_bytes(), now_ms.to_le_bytes()].concat()
+fn order_message(number: u64, now_ms: u64, challenge: u64) -> Vec<u8> {
+    [number.to_le_bytes(), now_ms.to_le_bytes(), challenge.to_le_bytes()].concat()
 }
 
 impl std::fmt::Debug for ClusterKey {
@@ -184,13 +184,14 @@ mod tests {
     }
 
     #[test]
-    fn a_proof_is_for_one_order_at_one_time() {
-        let proof = key().proof("evict", 7, 1000);
-        assert!(key().verify_proof("evict", 7, 1000, &proof));
-        assert!(!key().verify_proof("drain node", 7, 1000, &proof));
-        assert!(!key().verify_proof("evict", 8, 1000, &proof));
-        assert!(!key().verify_proof("evict", 7, 1001, &proof));
-        assert!(!key().verify_proof("evict", 7, 1000, &[]));
+    fn a_proof_is_for_one_order_at_one_time_in_one_term() {
+        let proof = key().proof("evict", 7, 1000, 5);
+        assert!(key().verify_proof("evict", 7, 1000, 5, &proof));
+        assert!(!key().verify_proof("drain node", 7, 1000, 5, &proof));
+        assert!(!key().verify_proof("evict", 8, 1000, 5, &proof));
+        assert!(!key().verify_proof("evict", 7, 1001, 5, &proof));
+        assert!(!key().verify_proof("evict", 7, 1000, 6, &proof));
+        assert!(!key().verify_proof("evict", 7, 1000, 5, &[]));
     }
 
     proptest! {

@@ -34,6 +34,15 @@ kill -0 $writer || { cat "$WORK/writer"; fail "the writer saw an error"; }
 dfs-master backup --config "$HOME_DIR/conf/master-3.toml" "$WORK/backup.3" || fail "no backup by way of master 3"
 refused 2 'overwrites nothing' "${BACKUP[@]}" "$WORK/backup"
 refused 1 'No such file or directory' "${BACKUP[@]}" "$WORK/nowhere/backup"
+# Two at a time to one name: one of them is the file, whole.
+one=0 two=0
+"${BACKUP[@]}" "$WORK/twice" >"$WORK/one" 2>&1 & first=$!
+"${BACKUP[@]}" "$WORK/twice" >"$WORK/two" 2>&1 || two=$?
+wait $first || one=$?
+(((one == 0) + (two == 0) == 1)) || { cat "$WORK/one" "$WORK/two"; fail "two backups to one name ended with $one and $two"; }
+cat "$WORK/one" "$WORK/two"
+grep -qE 'another backup is being taken|overwrites nothing|exists' "$WORK/one" "$WORK/two" || fail "it does not say why"
+[[ -s $WORK/twice ]] || fail "two backups to one name leave none"
 head -c 32 /dev/urandom | base64 >"$WORK/other.key"
 sed "s|$HOME_DIR/cluster.key|$WORK/other.key|" "$CONF" >"$WORK/stranger.toml"
 refused 1 'the proof is wrong' dfs-master backup --config "$WORK/stranger.toml" "$WORK/stolen"
@@ -88,7 +97,7 @@ step "the cluster goes on working"
 begin=$(wc -l <"$WORK/sums")
 python3 "$WRITER" "$MNT/w" 2 >"$WORK/sums.after" 2>"$WORK/writer" &
 writer=$!
-again() { (($(wc -l <"$WORK/sums.after") >= 40)); }
+again() { [[ -e $WORK/sums.after ]] && (($(wc -l <"$WORK/sums.after") >= 40)); }
 wait_for 120 again || { cat "$WORK/writer"; fail "the writer does not get on"; }
 kill -TERM $writer
 wait $writer || { cat "$WORK/writer"; fail "the writer saw an error"; }
@@ -96,7 +105,7 @@ wait $writer || { cat "$WORK/writer"; fail "the writer saw an error"; }
 step "an old master that comes back is not heard"
 crash master-2
 rm -rf "$DATA/master-2"
-mv "$WORK/old/master-2" "$DATA"
+cp -a "$WORK/old/master-2" "$DATA"
 up
 told() { grep -q 'must be emptied' "$HOME_DIR"/log/master-*.log; }
 wait_for 30 told || fail "nobody says that its directory must be emptied"
@@ -104,6 +113,36 @@ is "[m['id'] for m in s['masters'] if m['leader']]" '[1]' || fail "master 1 does
 crash master-2
 rm -rf "$DATA/master-2"
 up
+
+step "nor is a majority of them, by a client that has seen the restored cluster"
+echo new >"$MNT/after"
+dfs sync "$MNT"
+crash master-1 master-2 master-3
+mkdir "$WORK/new"
+old=()
+for n in 2 3; do
+    mv "$DATA/master-$n" "$WORK/new"
+    cp -a "$WORK/old/master-$n" "$DATA"
+    dfs-master --config "$HOME_DIR/conf/master-$n.toml" >>"$HOME_DIR/log/old-master-$n.log" 2>&1 &
+    old+=($!)
+done
+at_end() { kill -KILL "${old[@]}" 2>/dev/null || true; }
+# Who has seen nothing cannot know better; by its Raft term the old group can be told.
+wait_for 60 is 's["term"] < 1000000' || fail "the old masters do not lead: $(dfs status)"
+unheard() { grep -q 'this master is not listened to' "$HOME_DIR/log/mount.log"; }
+wait_for 60 unheard || fail "the client says nothing of an old master"
+if timeout 3 mkdir "$MNT/in-the-past"; then fail "a client that has seen the restored cluster has changed the old one"; fi
+is 's["term"] < 1000000' || fail "the old masters do not lead any more: $(dfs status)"
+kill -KILL "${old[@]}"
+wait "${old[@]}" 2>/dev/null || true
+(($(grep -c 'this master is not listened to' "$HOME_DIR/log/mount.log") <= 2)) || fail "the client says it again and again"
+for n in 2 3; do
+    rm -rf "$DATA/master-$n"
+    mv "$WORK/new/master-$n" "$DATA"
+done
+up
+[[ $(cat "$MNT/after") == new ]] || fail "a file of after the restore is lost"
+echo more >"$MNT/later-still" || fail "the client does not go on"
 
 step "what was made after the backup is kept until it is given up"
 is 'any("does not know" in w for w in s["warnings"])' || fail "nothing unknown: $(dfs status)"

@@ -304,15 +304,25 @@ async fn an_order_without_a_fresh_proof_for_it_is_refused() {
     let now_ms = Env::real().clock.system_ms();
     let channel =
         connect(&Env::real(), cluster.master.address(), Tuning::default()).await.expect("connected");
-    let proof = |what: &str, at_ms| Bytes::from(key.proof(what, 0, at_ms).to_vec());
+    let mut admin = AdminClient::new(channel.clone());
+    let status = async |admin: &mut AdminClient<_>| {
+        admin.status(v1::StatusRequest { sessions: false }).await.expect("status").into_inner()
+    };
+    let challenge = status(&mut admin).await.challenge;
+    let proof = |what: &str, at_ms| Bytes::from(key.proof(what, 0, at_ms, challenge).to_vec());
     let stranger = ClusterKey::new(b"fedcba9876543210fedcba9876543210").expect("long enough");
     let cases = [
         ("no proof", now_ms, Bytes::new()),
-        ("another cluster's", now_ms, Bytes::from(stranger.proof("backup", 0, now_ms).to_vec())),
+        ("another cluster's", now_ms, Bytes::from(stranger.proof("backup", 0, now_ms, challenge).to_vec())),
         ("a proof of an hour ago", now_ms - 3_600_000, proof("backup", now_ms - 3_600_000)),
         ("a proof of tomorrow", now_ms + 86_400_000, proof("backup", now_ms + 86_400_000)),
         ("a proof for another order", now_ms, proof("fsck", now_ms)),
         ("a proof of another time", now_ms + 1, proof("backup", now_ms)),
+        (
+            "a proof for another leader",
+            now_ms,
+            Bytes::from(key.proof("backup", 0, now_ms, challenge ^ 1).to_vec()),
+        ),
     ];
     for (what, now_ms, proof) in cases {
         let mut admin = AdminClient::new(channel.clone());
@@ -320,8 +330,39 @@ async fn an_order_without_a_fresh_proof_for_it_is_refused() {
         assert_eq!(status.code(), tonic::Code::Unauthenticated, "{what}: {status}");
         assert!(!status.message().is_empty() && !status.message().contains('\n'), "{status}");
     }
-    let mut admin = AdminClient::new(channel);
     let request = v1::BackupRequest { now_ms, proof: proof("backup", now_ms) };
-    assert!(admin.backup(request).await.is_ok(), "with the proof it is carried out");
-    cluster.stop().await;
+    assert!(admin.backup(request.clone()).await.is_ok(), "with the proof it is carried out");
+    let again = admin.backup(request).await.expect_err("a replay");
+    assert_eq!(again.code(), tonic::Code::Aborted, "{again}");
+    // Any number of orders, each with its own; none of them twice.
+    let order = |at_ms| v1::GcRequest { dry_run: false, now_ms: at_ms, proof: proof("gc", at_ms) };
+    for at_ms in [now_ms, now_ms + 1, now_ms - 1] {
+        assert!(admin.gc(order(at_ms)).await.is_ok());
+        let again = admin.gc(order(at_ms)).await.expect_err("a replay");
+        assert_eq!(again.code(), tonic::Code::Aborted, "{again}");
+    }
+    cluster.replays_end_with_the_term(order(now_ms)).await;
+}
+
+impl Cluster {
+    /// What an earlier leader has obeyed, or could have, the next one does not.
+    async fn replays_end_with_the_term(self, order: v1::GcRequest) {
+        let Self { master, chunkd, _dir: dir } = self;
+        let (address, key) =
+            (master.address().to_owned(), ClusterKey::new(KEY.as_bytes()).expect("long enough"));
+        master.shutdown().await;
+        let mut config = dfs_master::Config::new(1, &address, &dir.path().join("master"), key.clone());
+        config.replicas = 1;
+        let master = dfs_master::start(Env::real(), config).await.expect("the master starts again");
+        let cluster = Self { master, chunkd, _dir: dir };
+        cluster.wait_until_usable().await;
+        let channel = connect(&Env::real(), &address, Tuning::default()).await.expect("connected");
+        let mut admin = AdminClient::new(channel);
+        let refused = admin.gc(order.clone()).await.expect_err("of an earlier term");
+        assert_eq!(refused.code(), tonic::Code::Unauthenticated, "{refused}");
+        let status = admin.status(v1::StatusRequest { sessions: false }).await.expect("status").into_inner();
+        let proof = Bytes::from(key.proof("gc", 0, order.now_ms, status.challenge).to_vec());
+        assert!(admin.gc(v1::GcRequest { proof, ..order }).await.is_ok());
+        cluster.stop().await;
+    }
 }

@@ -30,6 +30,8 @@ pub struct KeyFile {
 pub struct Authority {
     key: ClusterKey,
     now_ms: u64,
+    /// Of the leader.
+    challenge: u64,
 }
 
 impl Authority {
@@ -38,12 +40,13 @@ impl Authority {
     }
 
     pub fn proof(&self, what: &str, number: u64) -> bytes::Bytes {
-        self.key.proof(what, number, self.now_ms).to_vec().into()
+        self.key.proof(what, number, self.now_ms, self.challenge).to_vec().into()
     }
 }
 
 impl KeyFile {
-    /// Has the leader carry out an order. When the leader changes meanwhile the next one is asked: orders may be repeated.
+    /// Has the leader carry out an order. When the leader changes meanwhile the next one is asked: orders may be repeated, each
+    /// time with a proof of its own.
     pub async fn order<T>(
         &self,
         context: &Context,
@@ -54,26 +57,37 @@ impl KeyFile {
         let key = key.map_err(|error| CliError::Failed(format!("{shown}: {error}")))?;
         let key = ClusterKey::new(&key).map_err(|error| CliError::Failed(format!("{shown}: {error}")))?;
         let end = Instant::now() + PATIENCE;
+        let mut doubted = None;
         loop {
             let status = ask(context, false).await;
             if status.is_err() && Instant::now() < end {
                 sleep(AGAIN).await;
                 continue;
             }
+            let status = status?;
+            let challenge = status.challenge;
             let leader =
-                status?.masters.iter().find(|master| master.leader).map(|master| master.address.clone());
+                status.masters.iter().find(|master| master.leader).map(|master| master.address.clone());
             let leader = leader.ok_or_else(|| CliError::Failed("no master leads".to_owned()))?;
             let ordering = async {
                 let channel = connect(&context.env, &leader, Tuning::default())
                     .await
                     .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
-                let authority = Authority { key: key.clone(), now_ms: context.env.clock.system_ms() };
+                let authority =
+                    Authority { key: key.clone(), now_ms: context.env.clock.system_ms(), challenge };
                 order(AdminClient::new(channel), authority).await
             };
             match timeout(ANSWER, ordering).await {
                 Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(status)) if status.code() == Code::Unavailable && Instant::now() < end => {
+                // Aborted: somebody else has given the same order in this very millisecond.
+                Ok(Err(status))
+                    if matches!(status.code(), Code::Unavailable | Code::Aborted) && Instant::now() < end =>
+                {
                     sleep(AGAIN).await;
+                }
+                // The key is another one, or the leader that the proof was made for leads no more: which, the next answer shows.
+                Ok(Err(status)) if status.code() == Code::Unauthenticated && doubted != Some(challenge) => {
+                    doubted = Some(challenge);
                 }
                 Ok(Err(status)) if status.code() == Code::InvalidArgument => {
                     return Err(CliError::Usage(format!("{leader}: {}", status.message())));

@@ -142,6 +142,13 @@ async fn attempt(shared: &Arc<Shared>, address: &str, channel: Channel, route: &
         Ok(Err(status)) => return End::Failed(describe(&status)),
         Err(_) => return End::Failed(format!("connected, but no welcome within {WELCOME:?}")),
     };
+    if let Err(cause) = shared.of_this_history(&first) {
+        // Whatever it says is of the past, also that the session is unknown. The same is told once, not each second.
+        if route.is_news(address) {
+            tracing::warn!(%address, %cause, "this master is not listened to");
+        }
+        return End::Failed(cause);
+    }
     if first.welcome.is_some() {
         route.learn(&first.masters);
     } else {

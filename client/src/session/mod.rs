@@ -22,7 +22,7 @@ use dfs_proto::v1::{self, Cred, ErrorCode, Hello, MasterFrame, Timestamp, Welcom
 use dfs_proto::{FsError, FsResult, InodeNo, SessionId, limits};
 use requests::{Answered, Outcome, State};
 pub use requests::{Heard, Leaving, Wanted};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot, watch};
@@ -58,6 +58,8 @@ struct Shared {
     finished: watch::Sender<bool>,
     /// The master takes root for nobody.
     root_squash: AtomicBool,
+    /// The greatest Raft term whose leader welcomed this client.
+    newest_term: AtomicU64,
     leases: Arc<Leases>,
     /// For whoever knows what is cached and kept under leases.
     wanted: mpsc::UnboundedSender<Wanted>,
@@ -96,6 +98,7 @@ impl Session {
             closed: watch::Sender::new(false),
             finished: watch::Sender::new(false),
             root_squash: AtomicBool::new(false),
+            newest_term: AtomicU64::new(0),
             leases,
             wanted,
             env,
@@ -402,6 +405,20 @@ impl Shared {
         (state.stream, hello)
     }
 
+    /// Refuses what a leader of a lower term says than one that welcomed this client: its cluster has been restored since, or has
+    /// another leader. Terms rise, over restores, too (`docs/OPERATIONS.md`), so nobody who is rightly there is refused.
+    fn of_this_history(&self, first: &MasterFrame) -> Result<(), String> {
+        let term = first.welcome.as_ref().map_or(first.term, |welcome| welcome.term);
+        let newest = self.newest_term.load(Ordering::Relaxed);
+        // Who does not lead has no term to tell.
+        if term != 0 && term < newest {
+            return Err(format!(
+                "it leads in term {term}, but this client has seen term {newest}: its data is of before"
+            ));
+        }
+        Ok(())
+    }
+
     /// The session is connected.
     fn take_welcome(&self, address: &str, welcome: &Welcome) -> FsResult<()> {
         let mut freed = 0;
@@ -422,6 +439,7 @@ impl Shared {
             state.welcome(welcome, &mut freed);
         }
         self.root_squash.store(welcome.root_squash, Ordering::Relaxed);
+        self.newest_term.fetch_max(welcome.term, Ordering::Relaxed);
         if let Some(now) = welcome.now {
             self.set_time(now);
         }

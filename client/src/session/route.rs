@@ -2,7 +2,7 @@
 
 use dfs_proto::error::ErrorCode;
 use dfs_proto::{FsError, limits};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -35,6 +35,8 @@ pub(super) struct Route {
     redirects: u32,
     failures: u32,
     tried: BTreeMap<String, Tried>,
+    /// Masters of an earlier history, as was told.
+    outdated: BTreeSet<String>,
     /// There was a session already: that a master refuses it may be a passing state of an upgrade.
     had_session: bool,
 }
@@ -49,6 +51,7 @@ impl Route {
             redirects: 0,
             failures: 0,
             tried: BTreeMap::new(),
+            outdated: BTreeSet::new(),
             had_session: false,
         }
     }
@@ -124,6 +127,11 @@ impl Route {
     pub fn failed(&mut self, address: &str, cause: String) {
         self.failures = self.failures.saturating_add(1);
         self.tried.insert(address.to_owned(), Tried::Failed(cause));
+    }
+
+    /// Whether it is yet to be told that a master is of an earlier history; from here on it is not.
+    pub fn is_news(&mut self, address: &str) -> bool {
+        self.outdated.len() < limits::MASTER_ADDRESSES_MAX && self.outdated.insert(address.to_owned())
     }
 
     /// A master refused the session. `leader`: where it says to go.
@@ -205,6 +213,17 @@ mod tests {
         );
         route.lost(false);
         assert_eq!(route.next(64).1, Duration::ZERO);
+    }
+
+    #[test]
+    fn an_outdated_master_is_told_once_and_there_is_a_bound_on_how_many_are() {
+        let mut route = route();
+        assert_eq!(
+            ["a:1", "a:1", "b:1", "a:1"].map(|address| route.is_news(address)),
+            [true, false, true, false]
+        );
+        let told = (0..100).filter(|n| route.is_news(&format!("m{n}:1"))).count();
+        assert_eq!(told, limits::MASTER_ADDRESSES_MAX - 2);
     }
 
     #[test]

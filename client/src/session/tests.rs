@@ -207,6 +207,50 @@ fn obedient(world: &mut World, frame: &ClientFrame) -> Act {
     }
 }
 
+/// A welcome of a leader of this term.
+fn welcome_of(term: u64, session: u64) -> Act {
+    let Act::Send(mut frame) = welcome(session) else { panic!("a welcome is sent") };
+    if let Some(welcome) = &mut frame.welcome {
+        welcome.term = term;
+    }
+    Act::Send(frame)
+}
+
+#[tokio::test(start_paused = true)]
+async fn masters_of_an_earlier_history_are_not_listened_to() {
+    let test = test();
+    let (moved, crash) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (was_moved, crashes) = (Arc::clone(&moved), Arc::clone(&crash));
+    // The leader of the restored cluster; it goes away once, and comes back.
+    test.master("new:1", move |world, frame| match &frame.hello {
+        _ if crashes.swap(false, Ordering::Relaxed) => Act::Drop,
+        Some(_) if was_moved.load(Ordering::Relaxed) => welcome_of(1001, 7),
+        Some(_) => welcome_of(1000, 7),
+        None => Act::Send(world.answer(frame)),
+    })
+    .await;
+    // One of before would take the session; another knows nothing of it, and would have it given up.
+    test.master("old:1", |_, _| welcome_of(5, 7)).await;
+    test.master("old:2", |_, _| {
+        let Act::Send(mut frame) = refuse(ErrorCode::ErrorSessionExpired, "") else { panic!("it is sent") };
+        frame.term = 999;
+        Act::Send(frame)
+    })
+    .await;
+    let session = test.connect(&["new:1", "old:1", "old:2"]).await.expect("connected");
+    assert_eq!(unlink(&session, "x").await, Ok("x".to_owned()));
+    for name in ["y", "z", "a"] {
+        moved.store(true, Ordering::Relaxed);
+        crash.store(true, Ordering::Relaxed);
+        assert_eq!(unlink(&session, name).await, Ok(name.to_owned()));
+        assert_eq!((session.leader().as_str(), Master::session(&*session)), ("new:1", SessionId(7)));
+    }
+    let world = test.world();
+    assert_eq!(world.carried_out, ["x", "y", "z", "a"]);
+    let asked = world.hellos.iter().filter(|hello| hello.session == 7).count();
+    assert!(asked > 3, "the old ones were asked, too: {asked}");
+}
+
 async fn unlink(session: &Session, name: &str) -> FsResult<String> {
     let name = bytes::Bytes::copy_from_slice(name.as_bytes());
     let change = mutation::Op::Unlink(v1::Unlink { name, ..v1::Unlink::default() });

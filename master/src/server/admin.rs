@@ -3,12 +3,14 @@
 use super::census::Census;
 use super::compacting;
 use super::nodes::millis;
+use super::proofs::Bad;
 use super::repairing::Progress;
 use super::term::Term;
 use super::{Gone, Shared, store_failed};
 use super::{backup, fsck};
 use crate::placement::Health;
 use crate::state;
+use bytes::Bytes;
 use dfs_env::Seldom;
 use dfs_proto::v1::change_node_request::Change;
 use dfs_proto::v1::{
@@ -28,9 +30,6 @@ const ORPHANS_MAX: usize = 100_000;
 
 /// For how long after a wish for it compaction waits for nothing.
 const HURRY: Duration = Duration::from_secs(60);
-
-/// How old a proof may be, in milliseconds.
-const PROOF_MS: u64 = 300_000;
 
 /// Answers `Admin`.
 pub struct AdminService {
@@ -62,9 +61,8 @@ impl v1::admin_server::Admin for AdminService {
 
     async fn evict(&self, request: Request<v1::EvictRequest>) -> Result<Response<v1::EvictReply>, Status> {
         let v1::EvictRequest { session, now_ms, proof } = request.into_inner();
-        self.check_proof("evict", session, now_ms, &proof)?;
+        let term = self.obeying("evict", session, now_ms, proof).await?;
         let id = SessionId(session);
-        let term = self.shared.term().await.map_err(|_| not_here())?;
         self.shared.confirm().await.map_err(|_| not_here())?;
         if !term.memory().fence(id) {
             return Err(Status::not_found(format!("there is no session {id}")));
@@ -75,13 +73,13 @@ impl v1::admin_server::Admin for AdminService {
     type FsckStream = ReceiverStream<Result<v1::FsckReply, Status>>;
 
     async fn fsck(&self, request: Request<v1::FsckRequest>) -> Result<Response<Self::FsckStream>, Status> {
-        let v1::FsckRequest { deep, now_ms, proof } = request.into_inner();
-        self.check_proof("fsck", 0, now_ms, &proof)?;
-        let term = self.shared.term().await.map_err(|_| not_here())?;
+        let v1::FsckRequest { deep, now_ms, proof, repair } = request.into_inner();
+        let what = if repair { "fsck repair" } else { "fsck" };
+        let term = self.obeying(what, 0, now_ms, proof).await?;
         let alone = Arc::clone(&term.fsck).try_acquire_owned();
         let alone = alone.map_err(|_| Status::resource_exhausted("another check is under way"))?;
         let (replies, outgoing) = mpsc::channel(1);
-        tokio::spawn(fsck::run(term, deep, replies, alone));
+        tokio::spawn(fsck::run(term, fsck::Wish { deep, repair }, replies, alone));
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 
@@ -92,8 +90,7 @@ impl v1::admin_server::Admin for AdminService {
         request: Request<v1::BackupRequest>,
     ) -> Result<Response<Self::BackupStream>, Status> {
         let v1::BackupRequest { now_ms, proof } = request.into_inner();
-        self.check_proof("backup", 0, now_ms, &proof)?;
-        let term = self.shared.term().await.map_err(|_| not_here())?;
+        let term = self.obeying("backup", 0, now_ms, proof).await?;
         let alone = Arc::clone(&term.backup).try_acquire_owned();
         let alone = alone.map_err(|_| Status::resource_exhausted("another backup is being taken"))?;
         let (parts, outgoing) = mpsc::channel(1);
@@ -106,8 +103,7 @@ impl v1::admin_server::Admin for AdminService {
         request: Request<v1::ForgetNewerRequest>,
     ) -> Result<Response<v1::ForgetNewerReply>, Status> {
         let v1::ForgetNewerRequest { now_ms, proof } = request.into_inner();
-        self.check_proof("forget newer", 0, now_ms, &proof)?;
-        let term = self.shared.term().await.map_err(|_| not_here())?;
+        let term = self.obeying("forget newer", 0, now_ms, proof).await?;
         let op = system::Op::ForgetNewer(v1::ForgetNewer {});
         if let Err(error) = self.shared.system(op).await.map_err(|_| not_here())? {
             return Err(Status::failed_precondition(error.message));
@@ -120,10 +116,11 @@ impl v1::admin_server::Admin for AdminService {
 
     async fn gc(&self, request: Request<v1::GcRequest>) -> Result<Response<v1::GcReply>, Status> {
         let v1::GcRequest { dry_run, now_ms, proof } = request.into_inner();
-        if !dry_run {
-            self.check_proof("gc", 0, now_ms, &proof)?;
-        }
-        let term = self.shared.term().await.map_err(|_| not_here())?;
+        let term = if dry_run {
+            self.shared.term().await.map_err(|_| not_here())?
+        } else {
+            self.obeying("gc", 0, now_ms, proof).await?
+        };
         self.shared.confirm().await.map_err(|_| not_here())?;
         let reply = super::space::survey(&term).await.map_err(|error| Status::internal(error.to_string()))?;
         if !dry_run {
@@ -146,8 +143,7 @@ impl v1::admin_server::Admin for AdminService {
             Change::Remove => "remove node",
             Change::None => return Err(Status::invalid_argument("this master does not know the order")),
         };
-        self.check_proof(what, request.node, request.now_ms, &request.proof)?;
-        let term = self.shared.term().await.map_err(|_| not_here())?;
+        let term = self.obeying(what, request.node, request.now_ms, request.proof).await?;
         let op = if change == Change::Remove {
             if term.nodes.is_known(node) && term.nodes.health(node) != Health::Dead {
                 let text = format!("chunk daemon {:016x} is not dead: stop it first", node.get());
@@ -183,30 +179,34 @@ pub fn not_here() -> Status {
 }
 
 impl AdminService {
-    /// Whoever orders something shows that he has the cluster key, now.
-    pub(super) fn check_proof(
+    /// The term that this master leads, for whoever orders something in it and shows that he has the cluster key, now and once.
+    pub(super) async fn obeying(
         &self,
         what: &str,
         number: u64,
-        now_ms: u64,
-        proof: &[u8],
-    ) -> Result<(), Status> {
-        self.judge_proof(what, number, now_ms, proof).inspect_err(|status| {
+        at_ms: u64,
+        proof: Bytes,
+    ) -> Result<Arc<Term>, Status> {
+        let term = self.shared.term().await.map_err(|_| not_here())?;
+        self.judge(&term, what, number, at_ms, proof).inspect_err(|status| {
             static REFUSED: Seldom = Seldom::new();
             if let Some(unsaid) = REFUSED.now() {
                 tracing::warn!(what, error = status.message(), unsaid, "an order was refused");
             }
-        })
+        })?;
+        Ok(term)
     }
 
-    fn judge_proof(&self, what: &str, number: u64, now_ms: u64, proof: &[u8]) -> Result<(), Status> {
-        if !self.shared.key.verify_proof(what, number, now_ms, proof) {
+    fn judge(&self, term: &Term, what: &str, number: u64, at_ms: u64, proof: Bytes) -> Result<(), Status> {
+        if !self.shared.key.verify_proof(what, number, at_ms, term.challenge, &proof) {
             return Err(Status::unauthenticated("the proof is wrong: another cluster key?"));
         }
-        if self.shared.env.clock.system_ms().abs_diff(now_ms) > PROOF_MS {
-            return Err(Status::unauthenticated("the proof is of another time: are the clocks set?"));
-        }
-        Ok(())
+        let now_ms = self.shared.env.clock.system_ms();
+        let taken = term.proofs.lock().unwrap_or_else(PoisonError::into_inner).take(now_ms, at_ms, proof);
+        taken.map_err(|bad| match bad {
+            Bad::OtherTime => Status::unauthenticated("the proof is of another time: are the clocks set?"),
+            Bad::Used => Status::aborted("the proof was used already"),
+        })
     }
 }
 
@@ -270,6 +270,7 @@ fn overview(term: &Term) -> Result<StatusReply, Status> {
         orphans: orphans as u64,
         repair: Some(repair(&term.repairs.progress(term.now()))),
         compaction: Some(compaction(&term.compactions.progress())),
+        challenge: term.challenge,
     })
 }
 

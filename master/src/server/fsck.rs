@@ -1,11 +1,15 @@
 //! `dfs fsck`: proves I10 over a consistent view of the whole state, and I1 by asking every daemon for every replica that
 //! counts. Nothing stands still meanwhile. What is wrong with replicas is noted as a report would be, so it is mended.
+//!
+//! `--repair`: what the check of the state finds is mended by commands that judge it again ([`crate::state::Findings`]), and the
+//! state is checked again: mending one thing may show another, and what changed under the check is left to the next one. In the end
+//! the replicas that were found flawed are waited for.
 
 use super::sealing;
 use super::term::Term;
 use crate::placement::Health;
 use crate::raft::Piece;
-use crate::state;
+use crate::state::{self, Findings};
 use dfs_proto::limits::{COPY_WAIT_MS, SLOWEST_COPY};
 use dfs_proto::v1::{FsckReply, VerifyOrder, chunk_state::Phase, order};
 use dfs_proto::{ByteLen, ChunkId, FsError, FsResult, NodeId};
@@ -15,6 +19,8 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 use tonic::Status;
+
+mod mending;
 
 /// Chunks read at once, replicas asked for at once, and how many of these between two words about the progress.
 const PAGE: usize = 1024;
@@ -27,10 +33,10 @@ type Replies = mpsc::Sender<Result<FsckReply, Status>>;
 
 /// Checks everything and tells what it finds, until it is done or nobody listens. `_alone`: a check keeps about what the state
 /// takes in memory, so there is one at a time.
-pub async fn run(term: Arc<Term>, deep: bool, replies: Replies, _alone: OwnedSemaphorePermit) {
+pub async fn run(term: Arc<Term>, wish: Wish, replies: Replies, _alone: OwnedSemaphorePermit) {
     let mut ended = term.ended();
     let result = tokio::select! {
-        result = check(&term, deep, &replies) => result,
+        result = check(&term, wish, &replies) => result,
         _ = ended.wait_for(|ended| *ended) => Err(Stop::Gone),
         () = replies.closed() => return,
     };
@@ -41,6 +47,15 @@ pub async fn run(term: Arc<Term>, deep: bool, replies: Replies, _alone: OwnedSem
     };
     // Whoever asked may have gone.
     drop(replies.send(Err(last)).await);
+}
+
+/// What is to be done besides looking at the state and asking for replicas.
+#[derive(Clone, Copy)]
+pub struct Wish {
+    /// Have every byte of every replica read.
+    pub deep: bool,
+    /// Mend what can be mended.
+    pub repair: bool,
 }
 
 /// Why a check did not come to its end.
@@ -55,10 +70,17 @@ impl From<FsError> for Stop {
     }
 }
 
-async fn check(term: &Arc<Term>, deep: bool, replies: &Replies) -> Result<(), Stop> {
+async fn check(term: &Arc<Term>, wish: Wish, replies: &Replies) -> Result<(), Stop> {
+    let Wish { deep, repair } = wish;
     term.shared.confirm().await.map_err(|_| Stop::Gone)?;
-    let mut reply = check_state(term).await?;
+    let mut reply = FsckReply::default();
+    if repair {
+        mending::mend_state(term, replies, &mut reply).await?;
+    }
+    let findings = check_state(term, &mut reply).await?;
+    reply.problems = shortened(findings.problems);
     send(replies, &mut reply).await?;
+    let mut flawed = Vec::new();
     let mut after = ChunkId(0);
     loop {
         let page = state::chunks(&*term.kv(), after, PAGE)
@@ -77,16 +99,22 @@ async fn check(term: &Arc<Term>, deep: bool, replies: &Replies) -> Result<(), St
             replicas.extend(chunk.nodes.iter().map(|node| (ChunkId(chunk.chunk), length, NodeId(*node))));
         }
         let mut asked = futures::stream::iter(replicas)
-            .map(|(chunk, length, node)| check_replica(term, chunk, length, node, deep))
+            .map(|(chunk, length, node)| async move {
+                (chunk, length, node, check_replica(term, chunk, length, node, deep).await)
+            })
             .buffer_unordered(AT_ONCE);
-        while let Some(found) = asked.next().await {
+        while let Some((chunk, length, node, found)) = asked.next().await {
             reply.replicas += 1;
             match found {
                 Replica::Whole => reply.replicas_checked += 1,
                 Replica::Away => reply.away += 1,
                 Replica::Flawed(problem) => {
                     reply.replicas_checked += 1;
-                    reply.problems.push(problem);
+                    if repair {
+                        flawed.push(mending::Flawed { chunk, length, node, problem });
+                    } else {
+                        reply.problems.push(problem);
+                    }
                 }
             }
             if reply.replicas % PROGRESS == 0 {
@@ -94,18 +122,19 @@ async fn check(term: &Arc<Term>, deep: bool, replies: &Replies) -> Result<(), St
             }
         }
     }
+    mending::await_replicas(term, replies, flawed, &mut reply).await?;
     reply.done = true;
     send(replies, &mut reply).await
 }
 
 /// Sends what was found; problems are told once.
 async fn send(replies: &Replies, reply: &mut FsckReply) -> Result<(), Stop> {
-    let next = FsckReply { problems: Vec::new(), ..reply.clone() };
+    let next = FsckReply { problems: Vec::new(), mended: Vec::new(), ..reply.clone() };
     replies.send(Ok(std::mem::replace(reply, next))).await.map_err(|_| Stop::Gone)
 }
 
-/// Reads the whole state as it is now.
-async fn check_state(term: &Arc<Term>) -> FsResult<FsckReply> {
+/// Reads the whole state as it is now, and counts what is in it.
+async fn check_state(term: &Arc<Term>, reply: &mut FsckReply) -> FsResult<Findings> {
     let export = Arc::new(term.shared.node.export());
     let mut check = state::Check::default();
     loop {
@@ -132,14 +161,18 @@ async fn check_state(term: &Arc<Term>) -> FsResult<FsckReply> {
         }
         tokio::task::yield_now().await;
     }
-    let (files, chunks) = check.seen();
-    let mut problems = term.shared.env.blocking(move || Ok(check.violations())).await?;
+    (reply.files, reply.chunks) = check.seen();
+    Ok(term.shared.env.blocking(move || Ok(check.findings())).await?)
+}
+
+/// As many problems as are told one by one.
+fn shortened(mut problems: Vec<String>) -> Vec<String> {
     if problems.len() > PROBLEMS_MAX {
         let more = format!("and {} more", problems.len() - PROBLEMS_MAX);
         problems.truncate(PROBLEMS_MAX);
         problems.push(more);
     }
-    Ok(FsckReply { problems, files, chunks, ..FsckReply::default() })
+    problems
 }
 
 enum Replica {

@@ -23,12 +23,12 @@ pub async fn change(
     let node = &service.shared.node;
     let changed = match request.change() {
         Change::Add => {
-            service.check_proof(&format!("add master {address}"), 0, now_ms, proof)?;
+            service.obeying(&format!("add master {address}"), 0, now_ms, proof.clone()).await?;
             check_address(address)?;
             node.add_master(address).await.map(|(id, done)| ChangeMasterReply { id, done, known: true })
         }
         Change::Remove => {
-            service.check_proof("remove master", id, now_ms, proof)?;
+            service.obeying("remove master", id, now_ms, proof.clone()).await?;
             node.remove_master(id).await.map(|known| ChangeMasterReply { id, done: true, known })
         }
         Change::None => return Err(Status::invalid_argument("this master does not know the order")),

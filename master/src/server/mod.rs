@@ -18,6 +18,7 @@ mod locking;
 mod masters;
 mod memory;
 mod nodes;
+mod proofs;
 mod questions;
 mod repairing;
 mod requests;

@@ -114,7 +114,8 @@ async fn hello(shared: Arc<Shared>, peer: &str, mut inbound: Streaming<ClientFra
             if let Some(unsaid) = REFUSED.now() {
                 tracing::info!(%error, peer, unsaid, "a client was refused");
             }
-            let frame = MasterFrame { refusal: Some(error.into()), ..MasterFrame::default() };
+            let term = shared.term.borrow().as_ref().map_or(0, |term| term.number);
+            let frame = MasterFrame { refusal: Some(error.into()), term, ..MasterFrame::default() };
             Some((Ok(frame), Stage::Over))
         }
     }

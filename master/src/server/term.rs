@@ -4,6 +4,7 @@ use super::compacting::{self, Compactions};
 use super::jobs::Jobs;
 use super::memory::{Memory, Session};
 use super::nodes::Nodes;
+use super::proofs::Proofs;
 use super::repairing::Repairs;
 use super::{Gone, Shared, store_failed};
 use crate::leases::table::{Kind, Notes};
@@ -35,6 +36,9 @@ pub struct Term {
     pub number: u64,
     /// Time since boot when it began.
     pub elected: Duration,
+    /// What proofs of orders are made for in this term, and those that were used. Locked alone.
+    pub challenge: u64,
+    pub proofs: Mutex<Proofs>,
     /// The cluster's settings, decided once at its first start.
     pub replicas: u32,
     pub chunk_size: u64,
@@ -108,6 +112,8 @@ impl Term {
             shared: Arc::clone(shared),
             number,
             elected,
+            challenge: shared.env.random(),
+            proofs: Mutex::default(),
             replicas: cluster.replicas,
             chunk_size: cluster.chunk_size,
             nodes: Nodes::new(Arc::clone(&shared.env.clock), nodes, elected),

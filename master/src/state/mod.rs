@@ -23,14 +23,16 @@ mod touched;
 
 use dfs_proto::v1::{self, ErrorCode, Timestamp, answer, command, mutation, system, system_answer};
 use dfs_proto::{FsError, SessionId};
-pub use invariants::{Check, check_invariants};
+pub use invariants::{Check, Findings, check_invariants};
 pub use kv::{Kv, MemKv, WriteSet};
-use ops::{Caller, State, attr, chunk, create, data, node, orphan, relocate, remove, rename, session, xattr};
+use ops::{
+    Caller, State, attr, chunk, create, data, mend, node, orphan, relocate, remove, rename, session, xattr,
+};
 pub use query::{access_of_holder, check_open, layout, query};
 pub use read::*;
 use rows::{OpResult, answered, corrupt, refused};
 use std::io;
-pub use touched::{names_of, shown_as_committed, touched};
+pub use touched::{mended_inodes, names_of, shown_as_committed, touched};
 
 /// The version of the log's batches.
 pub const BATCH_VERSION: u32 = 1;
@@ -217,6 +219,7 @@ fn apply_system(s: &mut State<'_>, op: &v1::System) -> OpResult<system_answer::B
             s.cluster.newer.clear();
             Ok(system_answer::Body::Empty(v1::Empty {}))
         }
+        Some(system::Op::Mend(op)) => mend::mend(s, op),
         Some(system::Op::ReserveChunk(_)) => Ok(relocate::reserve(s)),
         Some(system::Op::ReleaseChunks(op)) => relocate::release(s, op),
         Some(system::Op::Relocate(op)) => relocate::relocate(s, op),

@@ -33,7 +33,8 @@ impl Base {
         Self(seconds.saturating_mul(PER_SECOND))
     }
 
-    fn lift(self, number: u64) -> u64 {
+    /// The least number that is surely above all that were given up to then, and `number`.
+    pub fn lift(self, number: u64) -> u64 {
         self.0.max(number.saturating_add(PER_SECOND))
     }
 }

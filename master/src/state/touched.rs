@@ -5,7 +5,7 @@ use super::acl;
 use super::keys;
 use super::kv::{Kv, Tx};
 use super::ops::attr::CAPABILITY;
-use super::ops::find_dentry;
+use super::ops::{find_dentry, mend};
 use super::rows::corrupt;
 use bytes::Bytes;
 use dfs_proto::InodeNo;
@@ -88,6 +88,16 @@ pub fn touched(kv: &dyn Kv, op: &Op) -> io::Result<Vec<InodeNo>> {
         inos.extend(found.map(|dentry| InodeNo(dentry.ino)));
     }
     Ok(inos)
+}
+
+/// The inodes whose attributes or names mending these faults may alter.
+///
+/// # Errors
+/// The store's.
+pub fn mended_inodes(kv: &dyn Kv, faults: &[v1::Fault]) -> io::Result<Vec<InodeNo>> {
+    let tx = Tx::new(kv);
+    let cluster = tx.row::<v1::ClusterRow>(&keys::cluster())?.unwrap_or_default();
+    mend::touched(&tx, cluster.hash_key.as_ref().try_into().ok(), faults)
 }
 
 #[cfg(test)]

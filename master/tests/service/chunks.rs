@@ -2,6 +2,7 @@
 
 use crate::daemon::{self, Daemon, Memory};
 use crate::harness::*;
+use dfs_master::Config;
 use dfs_proto::token::Rights;
 use dfs_proto::v1::{
     AllocChunks, ChunkAccess, Commit, CommitSlice, CopyRange, Cred, ErrorCode, Fallocate, GetChunks,
@@ -10,7 +11,7 @@ use dfs_proto::v1::{
 };
 use dfs_proto::{ChunkId, SessionId};
 use std::collections::BTreeSet;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 async fn daemons(address: &str, nodes: &[u64]) -> Vec<Daemon> {
     let mut daemons = Vec::new();
@@ -208,6 +209,42 @@ async fn removing_a_file_deletes_its_chunks_and_a_dead_sessions_chunks_are_seale
     assert_eq!((status.chunks, status.live_bytes), (0, 0));
     let kv = master.node().kv();
     assert_eq!(dfs_master::state::check_invariants(&*kv), Vec::<String>::new());
+    master.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_deleted_is_kept_for_keep_deleted_and_no_longer() {
+    let dir = tempfile::tempdir().unwrap();
+    // A session lives for a second here: it is not that which keeps the chunk.
+    let keep = Duration::from_secs(4);
+    let master = start_with(Config { keep_deleted: keep, ..config(dir.path()) }).await;
+    let mut writer = client(master.address()).await;
+    let daemons = daemons(master.address(), &[1, 2, 3]).await;
+    let access = alloc(&mut writer, 1).await;
+    let chunk = access[0].chunk;
+    let file = writer.create("f", true).await;
+    assert_eq!(commit(&mut writer, file.ino, &access[0], 100).await, ErrorCode::ErrorOk);
+    daemons.iter().for_each(|daemon| daemon.hold(chunk, 100));
+    writer.goodbye().await;
+    for daemon in &daemons {
+        eventually("the chunk is sealed", || async { daemon.sealed(chunk) == Some(100) }).await;
+    }
+    let mut other = client(master.address()).await;
+    let unlink = Unlink { parent: ROOT, name: "f".into(), directory: false };
+    let began = Instant::now();
+    assert_eq!(code(&other.mutate(mutation::Op::Unlink(unlink)).await), ErrorCode::ErrorOk);
+    let kv = master.node().kv();
+    eventually("no file uses the chunk", || async {
+        !dfs_master::state::idle_chunks(&*kv, ChunkId(0), 1).unwrap().is_empty()
+    })
+    .await;
+    let idle = Instant::now();
+    for daemon in &daemons {
+        eventually("the chunk is deleted", || async { !daemon.has(chunk) }).await;
+        assert!(began.elapsed() >= keep, "a backup may still need it: {:?}", began.elapsed());
+    }
+    // It is looked for each second.
+    assert!(idle.elapsed() < keep + Duration::from_secs(10), "kept for {:?}", idle.elapsed());
     master.shutdown().await;
 }
 

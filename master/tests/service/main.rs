@@ -4,6 +4,7 @@
 
 mod chunks;
 mod daemon;
+mod fsck;
 mod group;
 mod harness;
 mod holds;

@@ -2,6 +2,7 @@
 //! its tests (I10, and that every row has the rows it needs).
 
 mod chunks;
+mod faults;
 mod names;
 
 use super::keys::{self, tag};
@@ -9,6 +10,8 @@ use super::kv::Kv;
 use super::ops::orphan::Orphan;
 use super::rows::{Inode, corrupt, decode, number};
 use dfs_proto::v1::{self, ChunkState, DentryRow, ExtentRow, NodeRow, SessionRow, SliceRow};
+use dfs_proto::{ChunkId, InodeNo, NodeId, SessionId};
+use faults::Subject;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::ControlFlow;
@@ -38,7 +41,7 @@ impl Check {
     /// The next row. The Raft layer's own rows are none of the state.
     pub fn row(&mut self, key: &[u8], value: &[u8]) {
         if let Err(error) = self.found.note(key, value) {
-            self.violations.push(error.to_string());
+            self.violations.push(Subject::Nothing, error.to_string());
         }
     }
 
@@ -49,32 +52,53 @@ impl Check {
 
     /// Every violation found, in words; empty when all is well.
     pub fn violations(self) -> Vec<String> {
+        self.findings().problems
+    }
+
+    /// Every violation found, and the faults that can be mended, in the order in which they are to be.
+    pub fn findings(self) -> Findings {
         let Self { found, mut violations } = self;
-        match &found.cluster {
-            None if found.rows == 0 => {}
-            None => violations.push("there are rows but no cluster row"),
-            Some(cluster) => {
-                check_counters(&found, cluster, &mut violations);
-                names::check(&found, cluster, &mut violations);
-                chunks::check(&found, &mut violations);
-                check_sessions(&found, &mut violations);
+        let Some(cluster) = &found.cluster else {
+            if found.rows > 0 {
+                violations.push(Subject::Nothing, "there are rows but no cluster row");
             }
-        }
-        violations.0
+            return Findings { problems: violations.texts, ..Findings::default() };
+        };
+        check_counters(&found, cluster, &mut violations);
+        let counts = names::check(&found, cluster, &mut violations);
+        let mapped = chunks::check(&found, &mut violations);
+        check_sessions(&found, &mut violations);
+        let faults = faults::of(&found, cluster, &counts, &mapped, violations.subjects);
+        Findings { problems: violations.texts, faults, mended: cluster.mended }
     }
 }
 
+/// What a check has found.
+#[derive(Default, Debug)]
+pub struct Findings {
+    /// In words.
+    pub problems: Vec<String>,
+    /// What can be mended, each once; of those that several things are wrong with, all of them.
+    pub faults: Vec<v1::Fault>,
+    /// How many Mend commands the state had seen.
+    pub mended: u64,
+}
+
 #[derive(Default)]
-struct Violations(Vec<String>);
+struct Violations {
+    texts: Vec<String>,
+    subjects: BTreeSet<Subject>,
+}
 
 impl Violations {
-    fn push(&mut self, what: impl Into<String>) {
-        self.0.push(what.into());
+    fn push(&mut self, subject: Subject, what: impl Into<String>) {
+        self.texts.push(what.into());
+        self.subjects.insert(subject);
     }
 
-    fn unless(&mut self, holds: bool, what: impl FnOnce() -> String) {
+    fn unless(&mut self, holds: bool, subject: Subject, what: impl FnOnce() -> String) {
         if !holds {
-            self.0.push(what());
+            self.push(subject, what());
         }
     }
 }
@@ -109,8 +133,8 @@ struct Found {
     idle: BTreeSet<u64>,
     /// By node and chunk.
     replicas: BTreeSet<(u64, u64)>,
-    /// Sessions that may hold leases.
-    leased: BTreeSet<u64>,
+    /// Where sessions may hold leases: session, kind and bucket.
+    leased: BTreeSet<(u64, u64, u64)>,
     /// Numbers of chunks that are being made.
     reserved: BTreeSet<u64>,
 }
@@ -169,7 +193,7 @@ impl Found {
                 self.replicas.insert((at(0)?, at(1)?));
             }
             Some(tag::LEASED) => {
-                self.leased.insert(at(0)?);
+                self.leased.insert((at(0)?, at(1)?, at(2)?));
             }
             Some(tag::ENDED) => {
                 self.ended.insert(at(0)?, decode(key, value)?);
@@ -184,18 +208,30 @@ impl Found {
         }
         Ok(())
     }
+
+    /// The live bytes of a chunk.
+    fn live(&self, chunk: u64) -> u64 {
+        self.extents.range((chunk, 0)..=(chunk, u64::MAX)).map(|(_, extent)| extent.length).sum()
+    }
+
+    /// How many files, chunks and live bytes there are.
+    fn counters(&self) -> (u64, u64, u64) {
+        let live = self.chunks.keys().map(|chunk| self.live(*chunk)).sum();
+        (self.inodes.len() as u64, self.chunks.len() as u64, live)
+    }
 }
 
 fn check_counters(found: &Found, cluster: &v1::ClusterRow, violations: &mut Violations) {
-    let live: u64 = found.chunks.values().map(|chunk| chunk.live).sum();
+    let there = found.counters();
     let counters = [
-        ("files", cluster.files, found.inodes.len() as u64),
-        ("chunks", cluster.chunks, found.chunks.len() as u64),
-        ("live bytes", cluster.live_bytes, live),
+        ("files", cluster.files, there.0),
+        ("chunks", cluster.chunks, there.1),
+        ("live bytes", cluster.live_bytes, there.2),
     ];
     for (what, counted, there) in counters {
-        violations
-            .unless(counted == there, || format!("the cluster counts {counted} {what}, there are {there}"));
+        violations.unless(counted == there, Subject::Counters, || {
+            format!("the cluster counts {counted} {what}, there are {there}")
+        });
     }
     let numbers = [
         ("inode", cluster.next_ino, found.inodes.last_key_value().map(|(number, _)| *number)),
@@ -204,31 +240,56 @@ fn check_counters(found: &Found, cluster: &v1::ClusterRow, violations: &mut Viol
         ("session", cluster.next_session, found.sessions.last_key_value().map(|(number, _)| *number)),
     ];
     for (what, next, greatest) in numbers {
-        violations.unless(greatest.is_none_or(|greatest| greatest < next), || {
+        violations.unless(greatest.is_none_or(|greatest| greatest < next), Subject::Numbers, || {
             format!("the next {what} would be {next}, which is taken")
         });
     }
 }
 
 fn check_sessions(found: &Found, violations: &mut Violations) {
-    for session in found.leased.iter().filter(|session| !found.sessions.contains_key(session)) {
-        violations.push(format!("leases of session {session}, which does not exist"));
+    for (session, kind, bucket) in found.leased.iter().filter(|row| !found.sessions.contains_key(&row.0)) {
+        let subject = match u32::try_from(*bucket) {
+            Ok(bucket) => Subject::Row(keys::leased(SessionId(*session), *kind, bucket)),
+            Err(_) => Subject::Nothing,
+        };
+        violations.push(subject, format!("leases of session {session}, which does not exist"));
     }
-    let listed: BTreeMap<u64, u64> =
-        found.ended_at.iter().map(|(seconds, session)| (*session, *seconds)).collect();
-    violations.unless(listed.len() == found.ended_at.len() && listed.keys().eq(found.ended.keys()), || {
-        format!("{} sessions that have ended, {} by their time", found.ended.len(), found.ended_at.len())
-    });
-    for session in found.ended.keys().filter(|session| found.sessions.contains_key(session)) {
-        violations.push(format!("session {session} has ended and has not"));
+    let ended_in = |row: &v1::EndedRow| row.ended.map_or(0, |time| u64::try_from(time.seconds).unwrap_or(0));
+    for (seconds, session) in &found.ended_at {
+        let row = Subject::Row(keys::ended_at(*seconds, SessionId(*session)));
+        let right = found.ended.get(session).is_some_and(|row| ended_in(row) == *seconds);
+        violations.unless(right, row, || {
+            format!("session {session}, which did not end at {seconds}, is to be forgotten")
+        });
+    }
+    for (session, ended) in &found.ended {
+        let row = Subject::Row(keys::ended(SessionId(*session)));
+        let right =
+            found.ended_at.contains(&(ended_in(ended), *session)) && !found.sessions.contains_key(session);
+        violations.unless(right, row, || {
+            format!("session {session} has ended and is not to be forgotten, or has not ended")
+        });
     }
     for (session, seq) in &found.answers {
+        let row = Subject::Row(keys::answer(SessionId(*session), *seq));
         let running = found.sessions.get(session).map(|row| row.lowest_unanswered);
         match running.or_else(|| found.ended.get(session).map(|row| row.lowest_unanswered)) {
-            None => violations.push(format!("answer {seq} of session {session}, which does not exist")),
-            Some(lowest_unanswered) => violations.unless(*seq >= lowest_unanswered, || {
+            None => violations.push(row, format!("answer {seq} of session {session}, which does not exist")),
+            Some(lowest_unanswered) => violations.unless(*seq >= lowest_unanswered, row, || {
                 format!("answer {seq} of session {session} was to be forgotten")
             }),
         }
     }
+}
+
+fn unsealed_row((session, chunk): (u64, u64)) -> Subject {
+    Subject::Row(keys::unsealed(SessionId(session), ChunkId(chunk)))
+}
+
+fn replica_row((node, chunk): (u64, u64)) -> Subject {
+    Subject::Row(keys::replica(NodeId(node), ChunkId(chunk)))
+}
+
+fn orphan_row(ino: u64) -> Subject {
+    Subject::Row(keys::orphan(InodeNo(ino)))
 }

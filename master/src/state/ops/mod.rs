@@ -4,6 +4,7 @@ pub mod attr;
 pub mod chunk;
 pub mod create;
 pub mod data;
+pub mod mend;
 pub mod node;
 pub mod orphan;
 pub mod policy;

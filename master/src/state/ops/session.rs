@@ -30,6 +30,7 @@ pub fn first_cluster_row(op: &v1::Init, now: Timestamp) -> Result<v1::ClusterRow
         live_bytes: 0,
         chunks: 0,
         newer: Vec::new(),
+        mended: 0,
     })
 }
 

@@ -20,7 +20,7 @@ impl World {
     }
 
     /// Every byte of the file, as the layout tells where it lies; 0 is a hole.
-    fn bytes(&self, ino: u64) -> Vec<u64> {
+    pub(super) fn bytes(&self, ino: u64) -> Vec<u64> {
         let size = self.attr(ino).unwrap().size;
         let mut bytes = vec![0; usize::try_from(size).unwrap()];
         let mut offset = 0;

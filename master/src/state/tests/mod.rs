@@ -2,6 +2,7 @@
 
 mod data;
 mod dedup;
+mod mend;
 mod model;
 mod permissions;
 mod rules;
