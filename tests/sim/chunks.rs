@@ -3,6 +3,7 @@
 use crate::disk::SimDisk;
 use crate::pages::Pages;
 use dfs_chunkd::store::format::{FILE_HEADER, FileHeader, Record, RecordKind};
+use dfs_proto::checksum::{crc32c, crc32c_append, units_match};
 use dfs_proto::{ChunkId, NodeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -19,16 +20,44 @@ pub struct Replica {
 }
 
 impl Replica {
-    /// The payload of its data records.
-    pub fn payload(&self) -> Vec<u8> {
-        let mut payload = vec![0; usize::try_from(self.length).expect("a small file")];
-        let mut rest = payload.as_mut_slice();
-        for record in self.records.iter().filter(|record| record.kind == RecordKind::Data) {
-            let (into, after) = rest.split_at_mut(record.length as usize);
-            self.bytes.read_at(into, payload_start(record));
-            rest = after;
+    /// The first bytes of its payload, piece by piece. There must be that many.
+    fn pieces(&self, length: u64) -> impl Iterator<Item = &[u8]> {
+        let mut left = usize::try_from(length).expect("a small file");
+        let data = self.records.iter().filter(|record| record.kind == RecordKind::Data);
+        data.flat_map(move |record| {
+            let start = payload_start(record);
+            let these = left.min(record.length as usize);
+            left -= these;
+            self.bytes.pieces(start, start + these)
+        })
+    }
+
+    /// The checksum of the first bytes of its payload. There must be that many.
+    pub fn sum_below(&self, length: u64) -> u32 {
+        self.pieces(length).fold(crc32c(&[]), crc32c_append)
+    }
+
+    /// Whether its payload is that of another, as far as both go.
+    pub fn agrees_with(&self, other: &Self) -> bool {
+        let common = self.length.min(other.length);
+        let (mut ours, mut theirs) = (self.pieces(common), other.pieces(common));
+        let (mut one, mut two): (&[u8], &[u8]) = (&[], &[]);
+        loop {
+            if one.is_empty() {
+                one = ours.next().unwrap_or_default();
+            }
+            if two.is_empty() {
+                two = theirs.next().unwrap_or_default();
+            }
+            let length = one.len().min(two.len());
+            if length == 0 {
+                return one.len() == two.len();
+            }
+            if one[..length] != two[..length] {
+                return false;
+            }
+            (one, two) = (&one[length..], &two[length..]);
         }
-        payload
     }
 }
 
@@ -83,7 +112,7 @@ pub fn parse(chunk: ChunkId, file: &Pages) -> Replica {
     {
         let start = payload_start(&record);
         let Some(payload) = bytes.get(start..start + record.length as usize) else { break };
-        if !dfs_proto::checksum::units_match(payload, &record.checksums) {
+        if !units_match(payload, &record.checksums) {
             break;
         }
         if record.kind == RecordKind::Data {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 const PAGE: usize = 16 << 10;
+static ZEROES: [u8; PAGE] = [0; PAGE];
 
 /// The bytes of a file. A page ends where the zeroes begin that nobody wrote.
 #[derive(Clone, Default)]
@@ -27,16 +28,21 @@ impl Pages {
         self.length
     }
 
+    /// The bytes from `start` to `end`, as far as there are that many, piece by piece.
+    pub fn pieces(&self, start: usize, end: usize) -> impl Iterator<Item = &[u8]> {
+        parts(start, end.min(self.length)).flat_map(|(page, within, length)| {
+            let written = self.pages[page].get(within..).unwrap_or_default();
+            let written = &written[..written.len().min(length)];
+            [written, &ZEROES[written.len()..length]].into_iter().filter(|piece| !piece.is_empty())
+        })
+    }
+
     /// Reads from `offset` on, and answers how many bytes there were.
     pub fn read_at(&self, buffer: &mut [u8], offset: usize) -> usize {
-        let end = offset.saturating_add(buffer.len()).min(self.length);
         let mut filled = 0;
-        for (page, within, length) in parts(offset, end) {
-            let written = self.pages[page].get(within..).unwrap_or_default();
-            let copied = written.len().min(length);
-            buffer[filled..filled + copied].copy_from_slice(&written[..copied]);
-            buffer[filled + copied..filled + length].fill(0);
-            filled += length;
+        for piece in self.pieces(offset, offset.saturating_add(buffer.len())) {
+            buffer[filled..filled + piece.len()].copy_from_slice(piece);
+            filled += piece.len();
         }
         filled
     }
@@ -44,10 +50,7 @@ impl Pages {
     /// All of it.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(self.length);
-        for (page, within, length) in parts(0, self.length) {
-            bytes.extend_from_slice(&self.pages[page]);
-            bytes.resize(page * PAGE + within + length, 0);
-        }
+        self.pieces(0, self.length).for_each(|piece| bytes.extend_from_slice(piece));
         bytes
     }
 

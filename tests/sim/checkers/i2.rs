@@ -5,7 +5,6 @@ use crate::chunks::{Replica, Replicas};
 use crate::workload::Violation;
 use dfs_master::raft::SimStorage;
 use dfs_master::state;
-use dfs_proto::checksum::crc32c;
 use dfs_proto::{ChunkId, NodeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -90,9 +89,7 @@ impl Committed {
         if !self.compared.insert((held.reading, committed, earlier.map(|(length, _)| length))) {
             return Ok(());
         }
-        let payload = held.payload();
-        let sum_below = |length: u64| crc32c(&payload[..usize::try_from(length).expect("small")]);
-        let sum = sum_below(committed);
+        let sum = held.sum_below(committed);
         if *self.seen.entry((chunk, committed)).or_insert(sum) != sum {
             return Err(format!(
                 "I2: {host} has other bytes below the committed length {committed} of chunk {chunk}"
@@ -100,7 +97,7 @@ impl Committed {
         }
         // What was committed earlier is still the same.
         match earlier {
-            Some((length, sum)) if sum_below(length) != sum => {
+            Some((length, sum)) if held.sum_below(length) != sum => {
                 Err(format!("I2: the first {length} bytes of chunk {chunk} changed on {host}"))
             }
             _ => Ok(()),

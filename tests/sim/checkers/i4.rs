@@ -50,7 +50,7 @@ impl Owners {
 
 /// Two writers would show as replicas that differ, or as a record of an epoch that had ended.
 fn one_writer(chunk: ChunkId, replicas: &BTreeMap<String, Arc<Replica>>) -> Result<(), Violation> {
-    let mut longest: Option<(&String, Vec<u8>)> = None;
+    let mut longest: Option<(&String, &Replica)> = None;
     for (host, replica) in replicas {
         let mut epoch = 0;
         for record in &replica.records {
@@ -62,15 +62,13 @@ fn one_writer(chunk: ChunkId, replicas: &BTreeMap<String, Arc<Replica>>) -> Resu
             }
             epoch = epoch.max(record.epoch.get());
         }
-        let payload = replica.payload();
-        if let Some((other, bytes)) = &longest {
-            let common = bytes.len().min(payload.len());
-            if bytes[..common] != payload[..common] {
-                return Err(format!("I4: {other} and {host} hold different bytes of chunk {chunk}"));
-            }
+        if let Some((other, longest)) = longest
+            && !longest.agrees_with(replica)
+        {
+            return Err(format!("I4: {other} and {host} hold different bytes of chunk {chunk}"));
         }
-        if longest.as_ref().is_none_or(|(_, bytes)| bytes.len() < payload.len()) {
-            longest = Some((host, payload));
+        if longest.is_none_or(|(_, longest)| longest.length < replica.length) {
+            longest = Some((host, replica));
         }
     }
     Ok(())
