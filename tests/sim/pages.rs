@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-const PAGE: usize = 16 << 10;
+/// jemalloc rounds nothing up to this size, and one page more beyond 14 KiB.
+const PAGE: usize = 8 << 10;
 static ZEROES: [u8; PAGE] = [0; PAGE];
 
 /// The bytes of a file. A page ends where the zeroes begin that nobody wrote.
