@@ -8,7 +8,8 @@
 //!
 //! It may be slow for a while, or full, and it sees every record that a daemon writes, also one that is cut again.
 
-use crate::chunks::chunk_of;
+use crate::chunks::{Replica, chunk_of, parse};
+use crate::pages::Pages;
 use dfs_chunkd::store::format::{FILE_HEADER, FileHeader, Record, RecordKind};
 use dfs_env::disk::{Disk, DiskFile, OpenMode, Space};
 use dfs_proto::{ChunkId, Epoch};
@@ -26,23 +27,20 @@ enum Change {
     SetLen(usize),
 }
 
+/// `live` is `durable` with everything that is pending.
 #[derive(Default)]
 struct Content {
-    live: Vec<u8>,
-    durable: Vec<u8>,
+    live: Pages,
+    durable: Pages,
     pending: Vec<Change>,
+    /// What a checker read in it, until it changes.
+    replica: Option<Arc<Replica>>,
 }
 
-fn apply(bytes: &mut Vec<u8>, change: &Change) {
+fn apply(bytes: &mut Pages, change: &Change) {
     match change {
-        Change::Write { offset, bytes: new } => {
-            let end = offset + new.len();
-            if bytes.len() < end {
-                bytes.resize(end, 0);
-            }
-            bytes[*offset..end].copy_from_slice(new);
-        }
-        Change::SetLen(length) => bytes.resize(*length, 0),
+        Change::Write { offset, bytes: new } => bytes.write_at(new, *offset),
+        Change::SetLen(length) => bytes.set_len(*length),
     }
 }
 
@@ -144,8 +142,9 @@ impl SimDisk {
                 apply(&mut survivor, &Change::Write { offset: *offset, bytes: bytes[..torn].to_vec() });
                 losses.writes_torn += 1;
             }
-            content.live.clone_from(&survivor);
+            content.live = survivor.clone();
             content.durable = survivor;
+            content.replica = None;
         }
         losses
     }
@@ -159,7 +158,7 @@ impl SimDisk {
     }
 
     /// Flips one bit of one of the files that `may` be changed; of which.
-    pub fn rot(&self, seed: u64, may: impl Fn(&Path, &[u8]) -> bool) -> Option<PathBuf> {
+    pub fn rot(&self, seed: u64, may: impl Fn(&Path, &Pages) -> bool) -> Option<PathBuf> {
         let mut random = SmallRng::seed_from_u64(seed);
         let names = lock(&self.names);
         let files: Vec<_> =
@@ -167,10 +166,9 @@ impl SimDisk {
         let (path, content) = files.get(random.random_range(0..files.len().max(1)))?;
         let mut content = lock(content);
         let bit = random.random_range(0..content.live.len() * 8);
-        content.live[bit / 8] ^= 1 << (bit % 8);
-        if let Some(byte) = content.durable.get_mut(bit / 8) {
-            *byte ^= 1 << (bit % 8);
-        }
+        content.live.flip(bit);
+        content.durable.flip(bit);
+        content.replica = None;
         Some((*path).clone())
     }
 
@@ -196,13 +194,28 @@ impl SimDisk {
         std::mem::take(&mut lock(&self.medium).violations)
     }
 
-    /// Everything on the disk as its machine sees it.
-    pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
-        lock(&self.names)
-            .live
-            .iter()
-            .map(|(path, content)| (path.clone(), lock(content).live.clone()))
-            .collect()
+    /// Whether some file as its machine sees it is like this.
+    pub fn any(&self, like: impl Fn(&Path, &Pages) -> bool) -> bool {
+        lock(&self.names).live.iter().any(|(path, content)| like(path, &lock(content).live))
+    }
+
+    /// The bytes of the files of this name in any directory.
+    pub fn named(&self, name: &str) -> Vec<Vec<u8>> {
+        let names = lock(&self.names);
+        let named = names.live.iter().filter(|(path, _)| path.ends_with(name));
+        named.map(|(_, content)| lock(content).live.to_vec()).collect()
+    }
+
+    /// Every chunk file as its machine sees it. One that has not changed is not read again.
+    pub fn replicas(&self) -> Vec<(ChunkId, Arc<Replica>)> {
+        let names = lock(&self.names);
+        let chunks = names.live.iter().filter_map(|(path, content)| Some((chunk_of(path)?, content)));
+        let read = |(chunk, content): (ChunkId, &Shared)| {
+            let mut content = lock(content);
+            let Content { live, replica, .. } = &mut *content;
+            (chunk, Arc::clone(replica.get_or_insert_with(|| Arc::new(parse(chunk, live)))))
+        };
+        chunks.map(read).collect()
     }
 }
 
@@ -301,6 +314,7 @@ impl SimFile {
         }
         apply(&mut content.live, &change);
         content.pending.push(change);
+        content.replica = None;
         Ok(())
     }
 }
@@ -311,11 +325,7 @@ fn position(offset: u64) -> io::Result<usize> {
 
 impl DiskFile for SimFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let content = lock(&self.content);
-        let start = position(offset)?.min(content.live.len());
-        let length = buffer.len().min(content.live.len() - start);
-        buffer[..length].copy_from_slice(&content.live[start..start + length]);
-        Ok(length)
+        Ok(lock(&self.content).live.read_at(buffer, position(offset)?))
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
@@ -323,8 +333,9 @@ impl DiskFile for SimFile {
     }
 
     fn write_vectored_at(&self, parts: &[io::IoSlice<'_>], offset: u64) -> io::Result<()> {
-        let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
-        self.write_all_at(&bytes, offset)
+        let mut bytes = Vec::with_capacity(parts.iter().map(|part| part.len()).sum());
+        parts.iter().for_each(|part| bytes.extend_from_slice(part));
+        self.change(Change::Write { offset: position(offset)?, bytes })
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -337,9 +348,10 @@ impl DiskFile for SimFile {
 
     fn sync_data(&self) -> io::Result<()> {
         let mut content = lock(&self.content);
-        let Content { durable, pending, .. } = &mut *content;
-        for change in pending.drain(..) {
-            apply(durable, &change);
+        let Content { live, durable, pending, .. } = &mut *content;
+        if !pending.is_empty() {
+            pending.clear();
+            *durable = live.clone();
         }
         Ok(())
     }

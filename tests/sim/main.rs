@@ -12,6 +12,7 @@ mod env;
 mod faults;
 mod ghost;
 mod linear;
+mod pages;
 mod power;
 mod random;
 mod seeds;

@@ -33,7 +33,7 @@ const UP_MS: std::ops::Range<u64> = 0..2_500;
 const DARK_MS: std::ops::Range<u64> = 50..1_500;
 
 /// A file as it may be after a crash.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Hash)]
 struct File {
     /// As it was fsynced last.
     base: Vec<u8>,
@@ -77,7 +77,7 @@ impl File {
 }
 
 /// What a change under way may have done to the names.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 enum Doubt {
     Create(String),
     Unlink(String),
@@ -85,7 +85,7 @@ enum Doubt {
 }
 
 /// What a client knows of its directory. It outlives the client.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Hash)]
 struct Dir {
     files: BTreeMap<String, File>,
     doubt: Option<Doubt>,

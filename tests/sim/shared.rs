@@ -354,7 +354,7 @@ pub fn run(seed: u64, faults: world::Faults) -> Result<Report, Violation> {
     if histories.done < 100 {
         return Err(format!("only {} operations ended", histories.done));
     }
-    Ok(world::report(histories.done, &plan, &(&histories.dir, &histories.files)))
+    Ok(world::report(histories.done, &plan, &format!("{:?}", (&histories.dir, &histories.files))))
 }
 
 fn loses_sessions(seed: u64) -> bool {

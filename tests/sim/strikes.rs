@@ -220,9 +220,8 @@ impl Striker<'_> {
                 disk(host).is_none_or(SimDisk::is_dirty)
             }
             Fault::PowerCut { .. } => self.cluster.machines.iter().any(|machine| machine.disk.is_dirty()),
-            Fault::Rot { host } => disk(host).is_some_and(|disk| {
-                disk.files().iter().any(|(path, bytes)| chunk_of(path).is_some() && is_sealed(bytes))
-            }),
+            Fault::Rot { host } => disk(host)
+                .is_some_and(|disk| disk.any(|path, bytes| chunk_of(path).is_some() && is_sealed(bytes))),
             Fault::RotSnapshot { host, .. } => {
                 self.cluster.storage(host).is_some_and(|storage| storage.snapshots_kept() > 1)
             }
@@ -267,7 +266,7 @@ impl Striker<'_> {
                 }
             }
             Fault::Rot { host } => {
-                let sealed = |path: &Path, bytes: &[u8]| chunk_of(path).is_some() && is_sealed(bytes);
+                let sealed = |path: &Path, bytes: &_| chunk_of(path).is_some() && is_sealed(bytes);
                 let rotten =
                     self.cluster.disk(host).and_then(|disk| disk.rot(self.random.next_u64(), sealed));
                 if let Some(chunk) = rotten.as_deref().and_then(chunk_of) {

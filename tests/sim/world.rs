@@ -15,7 +15,6 @@ use dfs_proto::InodeNo;
 use dfs_proto::token::ClusterKey;
 use dfs_proto::units::ByteSize;
 use std::collections::BTreeMap;
-use std::fmt::Debug;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -115,16 +114,16 @@ pub fn client_name(id: u64) -> String {
 }
 
 /// What a seed did, with a digest of what happened.
-pub fn report(operations: u64, plan: &Plan, happened: &impl Debug) -> Report {
+pub fn report(operations: u64, plan: &Plan, happened: &impl Hash) -> Report {
     let faults = plan.fired().iter().map(|(fault, count)| ((*fault).to_owned(), *count));
     let all = [("operations".to_owned(), operations), ("trace".to_owned(), digest(happened))];
     all.into_iter().chain(faults).collect()
 }
 
 /// A digest of what happened.
-pub fn digest(happened: &impl Debug) -> u64 {
+pub fn digest(happened: &impl Hash) -> u64 {
     let mut trace = DefaultHasher::new();
-    format!("{happened:?}").hash(&mut trace);
+    happened.hash(&mut trace);
     trace.finish()
 }
 

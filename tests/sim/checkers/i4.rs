@@ -1,6 +1,6 @@
 //! I4: at most one session can append to a chunk, and a raised epoch ends that.
 
-use crate::chunks::Replicas;
+use crate::chunks::{Replica, Replicas};
 use crate::workload::Violation;
 use dfs_chunkd::store::format::RecordKind;
 use dfs_master::raft::SimStorage;
@@ -13,6 +13,8 @@ use std::sync::Arc;
 #[derive(Default)]
 pub struct Owners {
     seen: BTreeMap<ChunkId, u64>,
+    /// Which readings of a chunk's replicas were compared last.
+    compared: BTreeMap<ChunkId, Vec<u64>>,
 }
 
 impl Owners {
@@ -35,13 +37,20 @@ impl Owners {
                 }
             }
         }
-        replicas.iter().try_for_each(|(chunk, replicas)| one_writer(*chunk, replicas))
+        for (chunk, replicas) in replicas {
+            let readings: Vec<u64> = replicas.values().map(|replica| replica.reading).collect();
+            if self.compared.get(chunk) != Some(&readings) {
+                one_writer(*chunk, replicas)?;
+                self.compared.insert(*chunk, readings);
+            }
+        }
+        Ok(())
     }
 }
 
 /// Two writers would show as replicas that differ, or as a record of an epoch that had ended.
-fn one_writer(chunk: ChunkId, replicas: &BTreeMap<String, crate::chunks::Replica>) -> Result<(), Violation> {
-    let mut longest: Option<(&String, &[u8])> = None;
+fn one_writer(chunk: ChunkId, replicas: &BTreeMap<String, Arc<Replica>>) -> Result<(), Violation> {
+    let mut longest: Option<(&String, &Replica)> = None;
     for (host, replica) in replicas {
         let mut epoch = 0;
         for record in &replica.records {
@@ -53,14 +62,13 @@ fn one_writer(chunk: ChunkId, replicas: &BTreeMap<String, crate::chunks::Replica
             }
             epoch = epoch.max(record.epoch.get());
         }
-        if let Some((other, bytes)) = longest {
-            let common = bytes.len().min(replica.payload.len());
-            if bytes[..common] != replica.payload[..common] {
-                return Err(format!("I4: {other} and {host} hold different bytes of chunk {chunk}"));
-            }
+        if let Some((other, longest)) = longest
+            && !longest.agrees_with(replica)
+        {
+            return Err(format!("I4: {other} and {host} hold different bytes of chunk {chunk}"));
         }
-        if longest.is_none_or(|(_, bytes)| bytes.len() < replica.payload.len()) {
-            longest = Some((host, &replica.payload));
+        if longest.is_none_or(|(_, longest)| longest.length < replica.length) {
+            longest = Some((host, replica));
         }
     }
     Ok(())

@@ -9,6 +9,7 @@ use dfs_master::state;
 use dfs_proto::v1::chunk_state::Phase;
 use dfs_proto::{ChunkId, NodeId};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// What is not as it must be, if anything.
 pub fn check(master: &SimStorage, disks: &[(String, SimDisk)]) -> Result<(), Violation> {
@@ -31,7 +32,7 @@ pub fn check(master: &SimStorage, disks: &[(String, SimDisk)]) -> Result<(), Vio
         for node in chunk.nodes.iter().copied().map(NodeId) {
             let row = state::node(kv, node).map_err(failed)?;
             let host = row.map(|row| row.host).ok_or_else(|| format!("node {node} is not known"))?;
-            let length = |replica: &Replica| replica.payload.len() as u64;
+            let length = |replica: &Arc<Replica>| replica.length;
             if chunk.live > 0
                 && (!alive.contains(&node) || held.get(&host).map(length) != Some(chunk.committed))
             {
