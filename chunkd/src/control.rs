@@ -22,6 +22,7 @@ use dfs_proto::{ChunkId, Epoch, FsError, FsResult, PROTOCOL_VERSION, v1};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
@@ -29,6 +30,9 @@ use tonic::Streaming;
 const PAUSE_MS: (u64, u64) = (50, 1_000);
 /// How many masters in a row may name another one before a pause.
 const REDIRECTS: u32 = 4;
+/// What is not sealed is reported again so often. A replica of a chunk that was given to another daemon at this address, which lost its
+/// disk, comes to be after the first report, and is needed by nobody once the chunk is sealed without it.
+const UNSEALED_AGAIN: Duration = Duration::from_secs(30);
 
 /// Who this daemon is.
 #[derive(Clone, Debug)]
@@ -209,7 +213,7 @@ impl Control {
         }
     }
 
-    /// Reports everything once, then beats until the stream is gone.
+    /// Reports everything once, then beats until the stream is gone, and says from time to time what is not sealed.
     async fn speak(&self, frames: &Frames, every: Duration) -> FsError {
         match self.speak_until_gone(frames, every).await {
             Ok(never) => match never {},
@@ -229,6 +233,8 @@ impl Control {
             send(frames, report(part, parts.peek().is_none())).await?;
         }
         let mut failed = self.store.0.dirs.failed();
+        let mut unsealed = tokio::time::interval_at(Instant::now() + UNSEALED_AGAIN, UNSEALED_AGAIN);
+        unsealed.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut beats = tokio::time::interval(every);
         beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         for seq in 1_u64.. {
@@ -236,6 +242,7 @@ impl Control {
                 tokio::select! {
                     _ = beats.tick() => break,
                     noted = self.store.noted() => send(frames, report(&noted, false)).await?,
+                    _ = unsealed.tick() => self.report_those(frames, |found| !found.sealed).await?,
                 }
             }
             send(frames, self.heartbeat(seq).await).await?;
@@ -243,13 +250,18 @@ impl Control {
             let now_failed = self.store.0.dirs.failed();
             if now_failed != failed {
                 failed = now_failed;
-                let damaged: Vec<_> = self.store.report().into_iter().filter(|found| found.damaged).collect();
-                for part in damaged.chunks(REPORT_CHUNKS) {
-                    send(frames, report(part, false)).await?;
-                }
+                self.report_those(frames, |found| found.damaged).await?;
             }
         }
         Err(FsError::new(ErrorCode::ErrorIo, "no more heartbeat numbers"))
+    }
+
+    async fn report_those(&self, frames: &Frames, which: impl Fn(&v1::ChunkFound) -> bool) -> FsResult<()> {
+        let those: Vec<_> = self.store.report().into_iter().filter(which).collect();
+        for part in those.chunks(REPORT_CHUNKS) {
+            send(frames, report(part, false)).await?;
+        }
+        Ok(())
     }
 
     async fn heartbeat(&self, seq: u64) -> v1::NodeFrame {

@@ -130,7 +130,8 @@ async fn what_a_writer_buffers_is_flushed_before_others_look() {
     let dir = tempfile::tempdir().unwrap();
     let master = start_with(dfs_master::Config { session_ttl_ms: 20_000, ..config(dir.path()) }).await;
     let (mut a, mut b) = (serve(master.address(), leasing()).await, serve(master.address(), leasing()).await);
-    let ino = a.create("f", true).await.ino;
+    let made = a.create("f", true).await;
+    let ino = made.ino;
     assert_eq!(code(&b.hold(take(ino, LeaseKind::LeaseWrite)).await), ErrorCode::ErrorAccess);
     let Body::Leased(Leased { attr: Some(_) }) = a.hold(take(ino, LeaseKind::LeaseWrite)).await else {
         panic!("nobody else has it open")
@@ -138,7 +139,7 @@ async fn what_a_writer_buffers_is_flushed_before_others_look() {
     assert_eq!(a.holds(ino), LeaseKind::LeaseWrite);
     // What it looks like, the writer says, and goes on writing.
     let looking = b.send(query_op(query::Op::GetAttr(GetAttr { ino, generation: 0 }))).await;
-    a.tell(|ask| Some(Attr { ino: ask.ino, size: 77, mode: 0o640, version: 1, ..Attr::default() })).await;
+    a.tell(|ask| Some(Attr { ino: ask.ino, size: 77, mode: 0o640, ..made })).await;
     let Body::Entry(seen) = b.answer(looking).await else { panic!("no attributes") };
     let seen = seen.attr.expect("attributes");
     assert_eq!((seen.size, seen.mode, seen.nlink), (77, 0o640, 1));
