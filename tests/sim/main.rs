@@ -27,10 +27,10 @@ use tracing_subscriber::fmt::{format::Writer, time::FormatTime};
 use workload::Violation;
 
 /// How many seeds run when nothing is said.
-const SEEDS: u64 = 200;
+const SEEDS: u64 = 120;
 /// In so many every fault happens.
 const MANY: u64 = 50;
-const HISTORIES: u64 = 150;
+const HISTORIES: u64 = 100;
 /// Each is eight power cuts.
 const POWER_SEEDS: u64 = 25;
 /// How many seeds a deliberate defect may take to be noticed.
