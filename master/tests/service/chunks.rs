@@ -18,6 +18,12 @@ async fn daemons(address: &str, nodes: &[u64]) -> Vec<Daemon> {
     for node in nodes {
         daemons.push(daemon::start(address, *node, Memory::default()).await);
     }
+    // Nothing is placed where the master does not know how much room there is.
+    let end = Instant::now() + Duration::from_secs(10);
+    while status(address).await.nodes.iter().filter(|node| node.free_bytes > 0).count() < nodes.len() {
+        assert!(Instant::now() < end, "the daemons' heartbeats do not come");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     daemons
 }
 
