@@ -7,10 +7,10 @@
 //! ```
 
 use crate::copy::Copier;
-use crate::identity::Terms;
 use crate::store::Store;
 use crate::store::orders::Settled;
 use crate::store::queue::ChunkOrder;
+use crate::terms::Terms;
 use dfs_env::Env;
 use dfs_env::rpc::{self, Tuning};
 use dfs_proto::error::ErrorCode;

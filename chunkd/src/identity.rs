@@ -1,18 +1,15 @@
-//! Whose data directories these are: IDENTITY, the lock against a second daemon, and the highest Raft term seen.
+//! Whose data directories these are: IDENTITY, and the lock against a second daemon.
 
-use crate::lock;
 use crate::store::dirs::DataDir;
 use crate::store::durable;
+use crate::terms::Terms;
 use dfs_env::Env;
-use dfs_env::defect::{self, Defect};
 use dfs_env::disk::Disk;
-use dfs_proto::error::ErrorCode;
-use dfs_proto::{FsError, FsResult};
 use serde::{Deserialize, Serialize};
 use std::any::Any;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// The format of data directories that this program knows.
 const FORMAT: u32 = 1;
@@ -37,11 +34,6 @@ struct Identity {
     cluster: String,
     node: u64,
     role: String,
-}
-
-#[derive(Serialize, Deserialize)]
-struct TermFile {
-    term: u64,
 }
 
 /// Data directories that belong to this daemon and to no other process.
@@ -92,7 +84,7 @@ pub fn claim(env: &Env, paths: &[PathBuf], cluster: &str) -> Result<Claim, Start
             .collect();
         return Err(StartError::Failed(format!("no data directory can be used: {}", causes.join("; "))));
     }
-    let terms = Terms::read(env.clone(), dirs.clone());
+    let terms = Terms::open(env.clone(), &dirs);
     Ok(Claim { node, dirs, terms, locks })
 }
 
@@ -184,72 +176,6 @@ fn begin(disk: &dyn Disk, path: &Path, cluster: &str, node: u64) -> io::Result<(
     durable::replace(disk, &path.join("IDENTITY"), text.as_bytes())
 }
 
-/// The highest Raft term that an order or a welcome carried. Kept on disk: after a restart, too, a leader that was
-/// replaced gives no destructive orders here.
-pub struct Terms {
-    env: Env,
-    dirs: Vec<Arc<DataDir>>,
-    highest: Mutex<u64>,
-    /// Held while a term is written, so that a lower one is never written over a higher one.
-    writing: tokio::sync::Mutex<()>,
-}
-
-impl Terms {
-    fn read(env: Env, dirs: Vec<Arc<DataDir>>) -> Self {
-        let mut highest = 0;
-        for dir in dirs.iter().filter(|dir| dir.failure().is_none()) {
-            let path = dir.path.join("TERM");
-            match env.disk.read(&path) {
-                Ok(text) => match std::str::from_utf8(&text).map(toml::from_str::<TermFile>) {
-                    Ok(Ok(file)) => highest = highest.max(file.term),
-                    _ => {
-                        tracing::error!(path = %path.display(), "this file holds no term and is not believed");
-                    }
-                },
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => dir.fail(&durable::failed("reading", &path, error)),
-            }
-        }
-        Self { env, dirs, highest: Mutex::new(highest), writing: tokio::sync::Mutex::new(()) }
-    }
-
-    /// Accepts a term that is not below the highest seen, durably.
-    ///
-    /// # Errors
-    /// ERROR_NOT_LEADER for a lower term; ERROR_IO when no directory took it.
-    pub async fn observe(&self, term: u64) -> FsResult<()> {
-        let _writing = if term > *lock(&self.highest) { Some(self.writing.lock().await) } else { None };
-        let highest = *lock(&self.highest);
-        if term < highest {
-            if defect::has(Defect::TermUnchecked) {
-                return Ok(());
-            }
-            let text = format!("term {term} is over, term {highest} was seen");
-            return Err(FsError::new(ErrorCode::ErrorNotLeader, text));
-        }
-        if term == highest {
-            return Ok(());
-        }
-        let (env, dirs) = (self.env.clone(), self.dirs.clone());
-        self.env.blocking(move || write_term(&env, &dirs, term)).await?;
-        *lock(&self.highest) = term;
-        Ok(())
-    }
-}
-
-fn write_term(env: &Env, dirs: &[Arc<DataDir>], term: u64) -> io::Result<()> {
-    let text = toml::to_string(&TermFile { term }).map_err(io::Error::other)?;
-    let mut written = 0;
-    for dir in dirs.iter().filter(|dir| dir.failure().is_none()) {
-        let path = dir.path.join("TERM");
-        match durable::replace(&*env.disk, &path, text.as_bytes()) {
-            Ok(()) => written += 1,
-            Err(error) => dir.fail(&durable::failed("writing", &path, error)),
-        }
-    }
-    if written == 0 { Err(io::Error::other("no data directory took the term")) } else { Ok(()) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -323,20 +249,5 @@ mod tests {
         let claim = super::claim(&env, &paths, "c1").expect("one is enough");
         assert!(claim.dirs[0].failure().is_none() && claim.dirs[1].failure().is_some());
         assert!(refusal(&env, &paths[1..], "c1").1.contains("no data directory"));
-    }
-
-    #[tokio::test]
-    async fn a_lower_term_is_refused_after_a_restart_too() {
-        let (env, root) = (Env::real(), tempfile::tempdir().expect("temporary directory"));
-        let paths = dirs(root.path(), &["a", "b"]);
-        {
-            let claim = claim(&env, &paths, "c1").expect("new");
-            claim.terms.observe(7).await.expect("higher");
-            claim.terms.observe(7).await.expect("the same");
-            assert_eq!(claim.terms.observe(6).await.expect_err("lower").code, ErrorCode::ErrorNotLeader);
-        }
-        let claim = claim(&env, &paths[1..], "c1").expect("known");
-        assert_eq!(claim.terms.observe(6).await.expect_err("lower").code, ErrorCode::ErrorNotLeader);
-        claim.terms.observe(8).await.expect("higher");
     }
 }

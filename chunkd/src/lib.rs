@@ -11,6 +11,7 @@ mod identity;
 mod replica;
 mod server;
 pub mod store;
+pub mod terms;
 
 pub use config::Config;
 pub use identity::StartError;

@@ -382,7 +382,12 @@ def scenario(daemons, mounts):
     assert not failed, f"programs saw errors: {failed}"
     for daemon in daemons.values():
         assert daemon.lives(), f"{daemon.name} died by itself"
-    wait_for(180, "every chunk is whole again", healthy)
+    try:
+        wait_for(180, "every chunk is whole again", healthy)
+    except AssertionError:
+        say(CLUSTER.dfs("status", "--json", check=False).stdout)
+        say(CLUSTER.dfs("fsck", "--cluster-key-file", CLUSTER.key, check=False).stdout)
+        raise
     say("whole again")
     for work in works:
         work.pipe.send("look")

@@ -3,7 +3,7 @@
 
 use super::nodes::Nodes;
 use super::term::Term;
-use crate::placement::Health;
+use crate::placement::{Candidate, Health};
 use crate::repair::Holder;
 use crate::state;
 use dfs_proto::v1::{ChunkState, chunk_state::Phase};
@@ -44,7 +44,7 @@ pub async fn run(term: Arc<Term>) {
             let uneven = crate::repair::is_uneven(&candidates);
             for chunk in &page {
                 count(&mut census, &term.nodes, chunk);
-                if should_seal(&term, chunk) {
+                if should_seal(&term, chunk, &candidates) {
                     term.jobs.seal(ChunkId(chunk.chunk), false);
                 }
                 term.compactions.note(chunk, term.now());
@@ -85,14 +85,54 @@ fn count(census: &mut Census, nodes: &Nodes, chunk: &ChunkState) {
     }
 }
 
-/// A chunk that is open though nobody can append to it any more, or though a daemon that has a replica is dead or is to be
-/// emptied: only sealed chunks are repaired. A fenced one that is parked waits for its daemons.
-fn should_seal(term: &Term, chunk: &ChunkState) -> bool {
-    if chunk.phase() != Phase::Open {
-        return false;
-    }
+/// A chunk that is open though nobody can append to it any more, or though it needs another replica: only sealed chunks are repaired.
+/// A fenced one that is parked waits for its daemons.
+fn should_seal(term: &Term, chunk: &ChunkState, candidates: &[Candidate]) -> bool {
+    chunk.phase() == Phase::Open
+        && (chunk.committed >= chunk.capacity
+            || !term.memory().sessions.contains_key(&SessionId(chunk.session))
+            || needs_another(chunk, &term.nodes.holders(chunk), candidates))
+}
+
+/// Whether a daemon that has a replica is dead or is to be emptied, or there are fewer replicas than there could be: it was allocated
+/// while too few daemons were up or had room.
+fn needs_another(chunk: &ChunkState, holders: &[Holder], candidates: &[Candidate]) -> bool {
     let leaves = |holder: &Holder| holder.health == Health::Dead || holder.draining;
-    chunk.committed >= chunk.capacity
-        || !term.memory().sessions.contains_key(&SessionId(chunk.session))
-        || (chunk.live > 0 && term.nodes.holders(chunk).iter().any(leaves))
+    let could = |candidate: &Candidate| {
+        let holds = chunk.nodes.contains(&candidate.node.get());
+        candidate.is_open() && !holds && candidate.free.get() >= chunk.capacity
+    };
+    let too_few = chunk.nodes.len() < usize::try_from(chunk.wanted_replicas).unwrap_or(usize::MAX);
+    chunk.live > 0 && (holders.iter().any(leaves) || (too_few && candidates.iter().any(could)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::placement::Domain;
+    use dfs_proto::ByteLen;
+
+    #[test]
+    fn an_open_chunk_is_sealed_once_it_could_have_another_replica() {
+        let candidate = |node, free| Candidate {
+            node: NodeId(node),
+            domain: Domain { host: format!("host{node}"), rack: String::new() },
+            free: ByteLen(free),
+            total: ByteLen(1 << 30),
+            health: Health::Up,
+            draining: false,
+        };
+        let chunk = |nodes: &[u64], live| ChunkState {
+            nodes: nodes.to_vec(),
+            live,
+            capacity: 100,
+            wanted_replicas: 3,
+            ..Default::default()
+        };
+        let daemons = [candidate(1, 0), candidate(2, 500), candidate(3, 99), candidate(4, 100)];
+        assert!(needs_another(&chunk(&[1, 2], 7), &[], &daemons));
+        assert!(!needs_another(&chunk(&[1, 2], 0), &[], &daemons), "nobody has a byte there");
+        assert!(!needs_another(&chunk(&[2, 4], 7), &[], &daemons), "the others have no room");
+        assert!(!needs_another(&chunk(&[1, 2, 3], 7), &[], &daemons), "as many as are wanted");
+    }
 }

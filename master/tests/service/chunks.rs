@@ -160,6 +160,32 @@ async fn a_failed_chunk_is_sealed_without_the_short_replica_which_comes_back_whe
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_chunk_that_was_born_with_too_few_replicas_gets_them_though_its_writer_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let master = start(dir.path()).await;
+    let mut client = client(master.address()).await;
+    let early = daemons(master.address(), &[1, 2]).await;
+    let access = alloc(&mut client, 1).await.remove(0);
+    assert_eq!(access.replicas.len(), 2);
+    let file = client.create("f", true).await;
+    assert_eq!(commit(&mut client, file.ino, &access, 100).await, ErrorCode::ErrorOk);
+    early.iter().for_each(|daemon| daemon.hold(access.chunk, 100));
+    let third = daemon::start(master.address(), 3, Memory::default()).await;
+    for number in 1.. {
+        client.keep_alive(number).await;
+        if chunk(&mut client, file.ino, access.chunk).await.replicas.len() == 3 {
+            break;
+        }
+        assert!(number < 500, "never copied");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(third.sealed(access.chunk), Some(100));
+    let status = status(master.address()).await;
+    assert_eq!(status.warnings, Vec::<String>::new());
+    master.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_chunk_no_replica_of_which_is_long_enough_waits() {
     let dir = tempfile::tempdir().unwrap();
     let master = start(dir.path()).await;
