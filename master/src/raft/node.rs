@@ -16,7 +16,7 @@ use crate::state::{Applied, Kv};
 use dfs_env::Env;
 use dfs_proto::v1::raft_server::RaftServer;
 use dfs_proto::{limits, v1};
-use openraft::error::{Fatal, InitializeError, RaftError};
+use openraft::error::{CheckIsLeaderError, Fatal, InitializeError, RaftError};
 use openraft::{BasicNode, Config, ServerState, SnapshotPolicy};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -555,9 +555,8 @@ impl Watcher {
                 }
             } else if leads {
                 self.lead.publish(Leadership { leading: false, term, leader: None });
-                // Answers when a majority has confirmed this leader and everything before its term is applied.
-                match timeout(STOP_TIME, self.raft.ensure_linearizable()).await {
-                    Ok(Ok(_)) => {
+                match timeout(STOP_TIME, self.take_office()).await {
+                    Ok(Ok(())) => {
                         tracing::info!(term, "this master leads");
                         self.lead.publish(Leadership { leading: true, term, leader });
                     }
@@ -589,6 +588,19 @@ impl Watcher {
         };
         tracing::error!(%reason, "this master cannot go on and stops");
         self.fails.send_replace(Some(reason));
+    }
+
+    /// Answers when a majority has confirmed this leader, and everything that it or leaders before it may have acknowledged is applied:
+    /// all of its log, as none of it can be lost any more. Confirmation alone does not say so of a leader that was started again and
+    /// still leads in its old term: how much of that term is committed it knows only when the others have answered.
+    async fn take_office(&self) -> Result<(), RaftError<u64, CheckIsLeaderError<u64, BasicNode>>> {
+        let last = self.raft.metrics().borrow().last_log_index;
+        self.raft.ensure_linearizable().await?;
+        if self.raft.wait(None).applied_index_at_least(last, "all of the log").await.is_err() {
+            // Raft has stopped: it says why.
+            self.raft.ensure_linearizable().await?;
+        }
+        Ok(())
     }
 
     fn majority_lost(&self) -> bool {

@@ -593,3 +593,25 @@ async fn three_masters_on_simulated_storage_agree_after_each_was_restarted() {
     cluster.agree(&(1..31).chain(101..131).collect::<Vec<_>>()).await;
     cluster.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_is_started_again_in_its_term_knows_all_that_it_acknowledged_when_it_says_that_it_leads()
+ {
+    let mut cluster = Cluster::start(1_000_000, false).await;
+    init(&cluster.nodes[&cluster.leader().await].0).await;
+    cluster.register(1..60).await;
+    let leader = cluster.leader().await;
+    // Without the others it can hand over to nobody.
+    for id in (1..=3).filter(|id| *id != leader) {
+        cluster.down(id).await;
+    }
+    cluster.down(leader).await;
+    // Its state has to be made again from the log.
+    remove_state(&cluster.dir(leader));
+    for id in [leader].into_iter().chain((1..=3).filter(|id| *id != leader)) {
+        cluster.up(id).await;
+    }
+    let node = &cluster.nodes[&cluster.leader().await].0;
+    assert_eq!(registered(&*node.kv()), (1..60).collect::<Vec<_>>());
+    cluster.stop().await;
+}
