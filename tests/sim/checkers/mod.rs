@@ -81,7 +81,6 @@ impl Watch {
         if !acknowledged.is_empty() {
             i6::check(&self.masters, acknowledged)?;
         }
-        i7::check(&self.masters)?;
         i10::check(&self.masters)
     }
 }
