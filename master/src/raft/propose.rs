@@ -7,7 +7,7 @@ use super::room::Level;
 use super::store::Shared;
 use super::types::{Payload, Raft, TypeConfig};
 use super::{Leadership, NotLeader};
-use crate::state::{Applied, BATCH_VERSION, Kv, cluster_row, is_answered, session};
+use crate::state::{Applied, BATCH_VERSION, Kv, cluster_row, is_answered, is_undecided};
 use dfs_env::Env;
 use dfs_proto::v1::{self, Batch, ErrorCode, Timestamp};
 use dfs_proto::{FsError, SessionId, limits};
@@ -165,25 +165,20 @@ impl Batcher {
             let refusal = self.not_leader(true);
             return refuse(waiting.drain(..).map(|proposal| proposal.answer), &refusal);
         }
-        let leave = |command: &v1::Command| match &command.body {
-            Some(v1::command::Body::Mutation(_)) => {
-                let earlier = command.earlier.iter().map(|before| before.session);
-                let sessions = earlier.chain([command.session]).map(SessionId);
-                let answered = is_answered(&*self.kv, sessions, command.seq);
-                // Whoever repeats what was done is told what came of it.
-                !everything && answered.unwrap_or(true)
-            }
-            Some(v1::command::Body::System(_)) | None => !everything,
-        };
         for proposal in std::mem::take(waiting) {
-            if leave(&proposal.command) {
+            let command = &proposal.command;
+            let mutates = matches!(command.body, Some(v1::command::Body::Mutation(_)));
+            // Only an entry of the log gives the answer that is recorded.
+            let sessions =
+                command.earlier.iter().map(|before| before.session).chain([command.session]).map(SessionId);
+            let answered = mutates && is_answered(&*self.kv, sessions, command.seq).unwrap_or(true);
+            // Whoever repeats what was done is told what came of it.
+            if !everything && (answered || !mutates) {
                 waiting.push_back(proposal);
                 continue;
             }
-            // An earlier session of the client that has not ended may do it yet: then it is not told that it was refused.
-            let undecided = proposal.command.earlier.iter().any(|before| {
-                session(&*self.kv, SessionId(before.session)).map_or(true, |row| row.is_some())
-            });
+            // It was done, or an earlier session of the client may do it yet, or nobody knows: then it is not told that it was refused.
+            let undecided = answered || is_undecided(&*self.kv, command).unwrap_or(true);
             let code = if undecided { ErrorCode::ErrorUnavailable } else { ErrorCode::ErrorNoSpace };
             let failure: v1::Failure = FsError::new(code, "the masters have no room for changes").into();
             let refusal = match proposal.command.body {

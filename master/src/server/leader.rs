@@ -164,7 +164,9 @@ async fn expire_sessions(term: Arc<Term>) {
             }
         }
         for id in silent(&term, now.saturating_sub(ttl + EXPIRY_MARGIN)) {
-            tracing::info!(session = %id, "a session expired");
+            if term.memory().sessions.get(&id).is_some_and(|session| !session.closing) {
+                tracing::info!(session = %id, "a session expired");
+            }
             if term.close_session(id, Answers::Keep).await.is_err() {
                 return;
             }

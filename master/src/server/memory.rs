@@ -192,12 +192,14 @@ impl Memory {
         self.unclaimed.is_empty()
     }
 
-    /// From here on nobody attaches the session, and the stream that serves it ends.
-    pub fn begin_closing(&mut self, id: SessionId) {
-        if let Some(session) = self.sessions.get_mut(&id) {
-            session.closing = true;
-            session.generation.send_modify(|generation| *generation += 1);
-        }
+    /// From here on nobody attaches the session, and the stream that serves it ends. False: that was so before.
+    pub fn begin_closing(&mut self, id: SessionId) -> bool {
+        let Some(session) = self.sessions.get_mut(&id).filter(|session| !session.closing) else {
+            return false;
+        };
+        session.closing = true;
+        session.generation.send_modify(|generation| *generation += 1);
+        true
     }
 
     /// The session was closed by Raft: what it held is free. True: nobody is waited for any more.

@@ -227,9 +227,10 @@ impl Term {
         Ok(Ok(id))
     }
 
-    /// Ends a session for good: opens and locks are free, its open chunks will be sealed.
+    /// Ends a session for good: opens and locks are free, its open chunks will be sealed. If that is refused (the masters' disks are
+    /// full), the session stays, nobody attaches it any more, and it is tried again when it has been silent long enough.
     pub async fn close_session(&self, id: SessionId, answers: Answers) -> Result<(), Gone> {
-        self.memory().begin_closing(id);
+        let begins = self.memory().begin_closing(id);
         let close = v1::CloseSession { target: id.get(), keep_answers: answers == Answers::Keep };
         match self.shared.system(system::Op::CloseSession(close)).await? {
             Ok(system_answer::Body::Chunks(list)) => {
@@ -238,7 +239,12 @@ impl Term {
                 }
             }
             Ok(_) => {}
-            Err(error) => tracing::warn!(session = %id, %error, "closing a session"),
+            Err(error) => {
+                if begins {
+                    tracing::warn!(session = %id, %error, "a session could not be closed yet");
+                }
+                return Ok(());
+            }
         }
         let now = self.now();
         let last = self.memory().end_session(id, now);

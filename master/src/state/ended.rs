@@ -61,6 +61,12 @@ pub fn is_kept(state: &State<'_>, session: SessionId) -> io::Result<bool> {
     Ok(state.tx.get(&keys::ended(session))?.is_some())
 }
 
+/// When a session ended, as it is kept in order; 0 of one that does not say.
+#[must_use]
+pub fn second_of(row: &v1::EndedRow) -> u64 {
+    row.ended.map_or(0, seconds)
+}
+
 fn seconds(time: Timestamp) -> u64 {
     u64::try_from(time.seconds).unwrap_or(0)
 }

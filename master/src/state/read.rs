@@ -26,6 +26,20 @@ pub fn session(kv: &dyn Kv, session: SessionId) -> io::Result<Option<v1::Session
     Tx::new(kv).find_session(session)
 }
 
+/// Whether an earlier session of the client may have carried a change out, or may yet, and does not say so.
+pub fn is_undecided(kv: &dyn Kv, command: &v1::Command) -> io::Result<bool> {
+    let tx = Tx::new(kv);
+    for before in &command.earlier {
+        let session = SessionId(before.session);
+        let ended: Option<v1::EndedRow> = tx.row(&keys::ended(session))?;
+        let tells = |row: v1::EndedRow| row.nonce == before.nonce && row.lowest_unanswered <= command.seq;
+        if tx.find_session(session)?.is_some() || !ended.is_some_and(tells) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Whether a request was answered before in one of these sessions.
 pub fn is_answered(kv: &dyn Kv, sessions: impl IntoIterator<Item = SessionId>, seq: u64) -> io::Result<bool> {
     let tx = Tx::new(kv);

@@ -5,6 +5,7 @@ mod chunks;
 mod faults;
 mod names;
 
+use super::ended::second_of;
 use super::keys::{self, tag};
 use super::kv::Kv;
 use super::ops::orphan::Orphan;
@@ -238,6 +239,7 @@ fn check_counters(found: &Found, cluster: &v1::ClusterRow, violations: &mut Viol
         ("chunk", cluster.next_chunk, found.chunks.last_key_value().map(|(number, _)| *number)),
         ("reserved chunk", cluster.next_chunk, found.reserved.last().copied()),
         ("session", cluster.next_session, found.sessions.last_key_value().map(|(number, _)| *number)),
+        ("ended session", cluster.next_session, found.ended.last_key_value().map(|(number, _)| *number)),
     ];
     for (what, next, greatest) in numbers {
         violations.unless(greatest.is_none_or(|greatest| greatest < next), Subject::Numbers, || {
@@ -254,10 +256,9 @@ fn check_sessions(found: &Found, violations: &mut Violations) {
         };
         violations.push(subject, format!("leases of session {session}, which does not exist"));
     }
-    let ended_in = |row: &v1::EndedRow| row.ended.map_or(0, |time| u64::try_from(time.seconds).unwrap_or(0));
     for (seconds, session) in &found.ended_at {
         let row = Subject::Row(keys::ended_at(*seconds, SessionId(*session)));
-        let right = found.ended.get(session).is_some_and(|row| ended_in(row) == *seconds);
+        let right = found.ended.get(session).is_some_and(|row| second_of(row) == *seconds);
         violations.unless(right, row, || {
             format!("session {session}, which did not end at {seconds}, is to be forgotten")
         });
@@ -265,7 +266,7 @@ fn check_sessions(found: &Found, violations: &mut Violations) {
     for (session, ended) in &found.ended {
         let row = Subject::Row(keys::ended(SessionId(*session)));
         let right =
-            found.ended_at.contains(&(ended_in(ended), *session)) && !found.sessions.contains_key(session);
+            found.ended_at.contains(&(second_of(ended), *session)) && !found.sessions.contains_key(session);
         violations.unless(right, row, || {
             format!("session {session} has ended and is not to be forgotten, or has not ended")
         });

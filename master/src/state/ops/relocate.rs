@@ -126,6 +126,11 @@ fn move_extent(s: &mut State<'_>, target: &mut ChunkState, op: &v1::Move, budget
         let slice_key = keys::slice(*ino, *at);
         let old: SliceRow =
             s.tx.row(&slice_key)?.ok_or_else(|| corrupt(&slice_key, "an extent's user, but not there"))?;
+        // A user that is none any more, which `dfs fsck --repair` mends; its bytes must not become others.
+        if (old.chunk, old.extent) != (from.get(), extent.get()) {
+            let text = format!("inode {ino} at {at} does not use the extent at {extent} of chunk {from}");
+            return refused(ErrorCode::ErrorConflict, text);
+        }
         let new = SliceRow {
             chunk: target.chunk,
             chunk_offset: to.get() + (old.chunk_offset - extent.get()),

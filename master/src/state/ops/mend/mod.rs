@@ -11,6 +11,7 @@ mod names;
 pub use names::touched;
 
 use super::State;
+use crate::state::ended::second_of;
 use crate::state::keys::{self, KeyRange, tag};
 use crate::state::restored::Base;
 use crate::state::rows::{OpResult, decode, number, refused};
@@ -90,11 +91,8 @@ fn row(s: &mut State<'_>, key: &[u8]) -> OpResult<Line> {
         Some(tag::ENDED) => {
             let session = at(0)?;
             let row: Option<v1::EndedRow> = s.tx.row(key)?;
-            let listed = match row.and_then(|row| row.ended) {
-                Some(time) => {
-                    let seconds = u64::try_from(time.seconds).unwrap_or(0);
-                    s.tx.get(&keys::ended_at(seconds, SessionId(session)))?.is_some()
-                }
+            let listed = match row {
+                Some(row) => s.tx.get(&keys::ended_at(second_of(&row), SessionId(session)))?.is_some(),
                 None => false,
             };
             let stays = listed && s.tx.find_session(SessionId(session))?.is_none();
@@ -103,8 +101,10 @@ fn row(s: &mut State<'_>, key: &[u8]) -> OpResult<Line> {
         Some(tag::ENDED_AT) => {
             let (seconds, session) = (at(0)?, at(1)?);
             let row: Option<v1::EndedRow> = s.tx.row(&keys::ended(SessionId(session)))?;
-            let ended = row.and_then(|row| row.ended).and_then(|time| u64::try_from(time.seconds).ok());
-            (ended == Some(seconds), format!("that session {session} ended at {seconds} is forgotten"))
+            (
+                row.is_some_and(|row| second_of(&row) == seconds),
+                format!("that session {session} ended at {seconds} is forgotten"),
+            )
         }
         Some(tag::LEASED) => {
             let session = at(0)?;
@@ -154,7 +154,9 @@ fn numbers(s: &mut State<'_>) -> OpResult<Line> {
         s.tx.last(&from, &to)?.map_or(Ok(0), |(key, _)| number(&key, 0))
     };
     let chunk = greatest(tag::CHUNK)?.max(greatest(tag::RESERVED)?);
-    let (ino, session) = (greatest(tag::INODE)?, greatest(tag::SESSION)?);
+    let ino = greatest(tag::INODE)?;
+    // The answers of an ended session are those of its number, too.
+    let session = greatest(tag::SESSION)?.max(greatest(tag::ENDED)?).max(greatest(tag::ANSWER)?);
     let cluster = &mut s.cluster;
     let mut lifted = false;
     for (next, taken) in
