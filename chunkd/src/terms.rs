@@ -19,7 +19,7 @@ use dfs_proto::checksum::crc32c;
 use dfs_proto::error::ErrorCode;
 use dfs_proto::{FsError, FsResult};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 const MAGIC: [u8; 8] = *b"dfs term";
@@ -173,6 +173,7 @@ fn line(bytes: &[u8]) -> Option<u64> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::path::Path;
 
     fn dir(path: &Path) -> Arc<DataDir> {
         DataDir::new(path.to_owned(), None)

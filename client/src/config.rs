@@ -28,6 +28,8 @@ pub struct ClientConfig {
     pub append_progress: Duration,
     /// Reading leaves the access time alone.
     pub noatime: bool,
+    /// A close through a mount waits until what was written is durable, however well everything goes.
+    pub flush_on_close: bool,
 }
 
 impl Default for ClientConfig {
@@ -44,6 +46,7 @@ impl Default for ClientConfig {
             connect_timeout: Duration::from_secs(10),
             append_progress: Duration::from_millis(limits::APPEND_PROGRESS_MS),
             noatime: false,
+            flush_on_close: false,
         }
     }
 }

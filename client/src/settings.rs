@@ -39,6 +39,7 @@ struct File {
     operation_timeout_s: Option<u64>,
     connect_timeout_s: Option<u64>,
     noatime: Option<bool>,
+    flush_on_close: Option<bool>,
 }
 
 /// The settings from `path`, or from [`DEFAULT_PATH`] when there is one, under those of the environment.
@@ -124,6 +125,7 @@ pub fn parse(path: &Path, text: &str) -> Result<ClientConfig, SettingsError> {
         },
         connect_timeout: file.connect_timeout_s.map_or(default.connect_timeout, Duration::from_secs),
         noatime: file.noatime.unwrap_or(default.noatime),
+        flush_on_close: file.flush_on_close.unwrap_or(default.flush_on_close),
         ..default
     };
     let bad = |cause: &str| Err(SettingsError::Parse { path: path.to_owned(), cause: cause.to_owned() });
@@ -186,13 +188,19 @@ mod tests {
     fn every_key_is_read() {
         let config = parsed(
             "masters = ['a:1', '[::1]:2']\nname = 'n'\nhost = 'h'\ncluster = 'c'\nwrite_memory = '64MiB'\n\
-             read_cache = '1GiB'\nreadahead = '1MiB'\noperation_timeout_s = 0\nconnect_timeout_s = 3\nnoatime = true",
+             read_cache = '1GiB'\nreadahead = '1MiB'\noperation_timeout_s = 0\nconnect_timeout_s = 3\nnoatime = true\nflush_on_close = true",
         )
         .expect("good settings");
         assert_eq!(config.masters, ["a:1", "[::1]:2"]);
         assert_eq!((config.write_memory, config.read_cache, config.readahead), (64 << 20, 1 << 30, 1 << 20));
         assert_eq!((config.operation_timeout, config.connect_timeout), (None, Duration::from_secs(3)));
-        assert!(config.noatime && config.name == "n" && config.host == "h" && config.cluster_id == "c");
+        assert!(
+            config.noatime
+                && config.flush_on_close
+                && config.name == "n"
+                && config.host == "h"
+                && config.cluster_id == "c"
+        );
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub struct Options {
     /// Whether other users than the mounting one may enter; `None`: if root mounts.
     pub allow_other: Option<bool>,
     pub noatime: bool,
+    pub flush_on_close: Option<bool>,
     pub noexec: bool,
     /// `None`: allowed if root mounts.
     pub suid: Option<bool>,
@@ -87,6 +88,8 @@ impl Options {
             "noallow_other" => self.allow_other = Some(false),
             "noatime" => self.noatime = true,
             "relatime" | "atime" => self.noatime = false,
+            "flush_on_close" => self.flush_on_close = Some(true),
+            "noflush_on_close" => self.flush_on_close = Some(false),
             "noexec" => self.noexec = true,
             "exec" => self.noexec = false,
             "suid" => self.suid = Some(true),
@@ -191,7 +194,7 @@ mod tests {
     #[test]
     fn every_option_is_read() {
         let options = parsed(
-            "ro,subdir=/a/b/,allow_other,noatime,noexec,nosuid,nodev,sync,dirsync,masters=h:1+[::1]:2,config=/c,\
+            "ro,subdir=/a/b/,allow_other,noatime,flush_on_close,noexec,nosuid,nodev,sync,dirsync,masters=h:1+[::1]:2,config=/c,\
              write_memory=64MiB,read_cache=1GiB,timeout=5s",
         )
         .expect("good options");
@@ -200,6 +203,7 @@ mod tests {
             subdir: Some("/a/b".to_owned()),
             allow_other: Some(true),
             noatime: true,
+            flush_on_close: Some(true),
             noexec: true,
             suid: Some(false),
             dev: Some(false),

@@ -56,6 +56,7 @@ pub fn settings(env: &Env, options: &Options, place: &Path) -> Result<ClientConf
         config.operation_timeout = config.operation_timeout.or(Some(default));
     }
     config.noatime |= options.noatime;
+    config.flush_on_close = options.flush_on_close.unwrap_or(config.flush_on_close);
     Ok(config)
 }
 

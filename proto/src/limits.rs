@@ -123,6 +123,9 @@ pub const WRITE_BEHIND_MS: u64 = 1_000;
 /// How long an access token is good.
 pub const TOKEN_TTL_MS: u64 = 3_600_000;
 
+/// A daemon that takes so many bytes more will not be full before whoever writes there hears of it.
+pub const ROOMY_BYTES: u64 = 1 << 30;
+
 /// The client's memory for bytes that are not committed yet, and for bytes read.
 pub const WRITE_MEMORY: u64 = 256 << 20;
 pub const READ_CACHE: u64 = 256 << 20;

@@ -422,16 +422,9 @@ def main():
         print(f"FAIL: {error}", file=sys.stderr, flush=True)
         return 1
     finally:
-        for place in MOUNTS:
-            if mounted(place):
-                run("umount", "-l", place, check=False)
-        for process in [*mounts, *(daemon.process for daemon in daemons.values() if daemon.process)]:
-            if process.poll() is None:
-                process.kill()
-                process.wait(20)
+        CLUSTER.clean_up(MOUNTS, [*mounts, *(daemon.process for daemon in daemons.values())])
         for place in tmpfs:
             run("umount", "-l", place, check=False)
-        CLUSTER.remove_network()
 
 
 if __name__ == "__main__":

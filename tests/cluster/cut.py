@@ -500,14 +500,7 @@ def main():
         print(f"FAIL: {error}", file=sys.stderr, flush=True)
         return 1
     finally:
-        for place in mounts:
-            if mounted(place):
-                run("umount", "-l", place, check=False)
-        for process in [*mounts.values(), *(daemon.process for daemon in daemons.values() if daemon.process)]:
-            if process.poll() is None:
-                process.kill()
-                process.wait(20)
-        cluster.remove_network()
+        cluster.clean_up(mounts, [*mounts.values(), *(daemon.process for daemon in daemons.values())])
 
 
 if __name__ == "__main__":

@@ -92,3 +92,37 @@ for d in range(200):
     os.link(os.path.join(path, "file1.rs"), os.path.join(path, "hard"))
 PY
 }
+
+# in_namespaces SECONDS NAME ARGUMENT...: runs tests/cluster/NAME.py WORK ARGUMENT..., which makes network namespaces and removes them,
+# also when the scenario is ended. When it fails, says what the daemons and mounts complained of. DFS_KEEP: where their logs are kept.
+in_namespaces() {
+    local seconds=$1 name=$2 log
+    shift 2
+    ((EUID == 0)) || fail "network namespaces need root"
+    mkdir "$WORK/$name"
+    python=
+    at_end() {
+        [[ -z $python ]] || ! kill -TERM "$python" 2>/dev/null || wait "$python" || true
+    }
+    PYTHONDONTWRITEBYTECODE=1 timeout --kill-after=60 "$seconds" python3 "$ROOT/tests/cluster/$name.py" "$WORK/$name" "$@" &
+    python=$!
+    if wait "$python"; then
+        python=
+        return
+    fi
+    python=
+    for log in "$WORK/$name"/log/*.log; do
+        echo "--- $log"
+        grep -E 'WARN|ERROR|panic' "$log" | tail -n 12 || true
+    done
+    [[ -z ${DFS_KEEP:-} ]] || { cp -r "$WORK/$name/log" "$DFS_KEEP"; echo "logs: $DFS_KEEP"; }
+    fail "$name $*"
+}
+
+# need PROGRAMS WHERE: they are installed.
+need() {
+    local program
+    for program in $1; do
+        command -v "$program" >/dev/null || fail "$program is missing ($2)"
+    done
+}

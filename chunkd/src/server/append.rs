@@ -23,7 +23,14 @@ use tonic::{Status, Streaming};
 type Replies = mpsc::Sender<Result<v1::AppendReply, Status>>;
 
 /// What a replica holds, or who failed and how.
-type ReplicaResult = Result<Held, Failed>;
+type ReplicaResult = Result<Reached, Failed>;
+
+/// What all replicas that have answered hold, and what the fullest of their daemons takes besides.
+#[derive(Clone, Copy)]
+struct Reached {
+    held: Held,
+    free_bytes: u64,
+}
 
 struct Failed {
     error: FsError,
@@ -101,7 +108,10 @@ async fn take(
                 Ok(v1::AppendReply { failure: Some(failure), failed_node: node, .. }) => {
                     Err(Failed { error: failure.into(), node, address })
                 }
-                Ok(reply) => Ok(Held { length: reply.length, synced: reply.synced }),
+                Ok(reply) => Ok(Reached {
+                    held: Held { length: reply.length, synced: reply.synced },
+                    free_bytes: reply.free_bytes,
+                }),
                 // A daemon that does not answer does not tell its number.
                 Err(error) => Err(Failed { error, node: 0, address }),
             }
@@ -111,11 +121,12 @@ async fn take(
             all.push(futures::future::Either::Right(answer));
         }
         let reply = match gather(&mut all).await {
-            Ok(held) => v1::AppendReply {
+            Ok(Reached { held, free_bytes }) => v1::AppendReply {
                 id,
                 chunk: chunk.get(),
                 length: held.length,
                 synced: held.synced,
+                free_bytes,
                 ..Default::default()
             },
             Err(Failed { error, node, address }) => v1::AppendReply {
@@ -157,13 +168,14 @@ fn new_record(request: v1::AppendRequest) -> NewRecord {
 
 /// What all replicas hold; the first failure ends the wait.
 async fn gather(all: &mut FuturesUnordered<impl Future<Output = ReplicaResult>>) -> ReplicaResult {
-    let mut least: Option<Held> = None;
-    while let Some(held) = all.next().await {
-        let held = held?;
-        let sofar = least.unwrap_or(held);
-        least = Some(Held { length: sofar.length.min(held.length), synced: sofar.synced.min(held.synced) });
+    let mut least = Reached { held: Held { length: u64::MAX, synced: u64::MAX }, free_bytes: u64::MAX };
+    while let Some(one) = all.next().await {
+        let Reached { held, free_bytes } = one?;
+        least.held.length = least.held.length.min(held.length);
+        least.held.synced = least.held.synced.min(held.synced);
+        least.free_bytes = least.free_bytes.min(free_bytes);
     }
-    Ok(least.unwrap_or_default())
+    Ok(least)
 }
 
 impl Context {
@@ -190,7 +202,9 @@ impl Context {
         let mut seen = self.store.progress(chunk);
         let error = loop {
             match tokio::time::timeout(bound, append.as_mut()).await {
-                Ok(Ok(held)) => return Ok(held),
+                Ok(Ok(held)) => {
+                    return Ok(Reached { held, free_bytes: self.store.free_bytes() });
+                }
                 Ok(Err(error)) => break error,
                 Err(_) => {}
             }

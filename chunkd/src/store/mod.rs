@@ -199,6 +199,12 @@ impl Store {
         self.known(id).and_then(|chunk| chunk.report().map(|_| chunk.held()))
     }
 
+    /// What may be written besides, in bytes.
+    #[must_use]
+    pub fn free_bytes(&self) -> u64 {
+        self.0.dirs.totals().free_bytes
+    }
+
     /// Every chunk that has a file, by number.
     #[must_use]
     pub fn report(&self) -> Vec<v1::ChunkFound> {

@@ -23,7 +23,7 @@ use lru::LruCache;
 use pages::{Kept, Pages};
 use std::num::NonZeroUsize;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -59,10 +59,38 @@ pub struct Cache {
     doubts: Doubts,
     attrs: Vec<Mutex<LruCache<u64, Known>>>,
     /// Told of all attributes that are learned.
-    learned: Notify,
+    learned: Learned,
     names: Vec<Mutex<LruCache<(u64, Bytes), Named>>>,
     whole: Mutex<WholeDirs>,
     pages: Mutex<Pages>,
+}
+
+/// Wakes those who wait for an attribute; costs who learns one a load when nobody does.
+#[derive(Default)]
+struct Learned {
+    notify: Notify,
+    waiting: AtomicUsize,
+}
+
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Learned {
+    fn begin(&self) -> Waiting<'_> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        Waiting(&self.waiting)
+    }
+
+    fn tell(&self) {
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            self.notify.notify_waiters();
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -123,7 +151,7 @@ impl Cache {
             stamps: (0..STAMPS).map(|_| AtomicU64::new(0)).collect(),
             doubts: Doubts::default(),
             attrs: (0..SHARDS).map(|_| Mutex::new(LruCache::new(shard))).collect(),
-            learned: Notify::new(),
+            learned: Learned::default(),
             names: (0..SHARDS).map(|_| Mutex::new(LruCache::new(shard))).collect(),
             whole: Mutex::new(WholeDirs::new()),
             pages: Mutex::new(Pages::new()),
@@ -221,8 +249,10 @@ impl Cache {
 
     /// Waits until this version of an inode is known.
     pub async fn knows(&self, ino: InodeNo, version: u64) {
+        // Counted before it looks: whoever learns something and finds nobody waiting, learned it before that.
+        let _one_more = self.learned.begin();
         loop {
-            let mut learned = pin!(self.learned.notified());
+            let mut learned = pin!(self.learned.notify.notified());
             // From here on nothing is missed.
             learned.as_mut().enable();
             if self.last_attr(ino).is_some_and(|known| known.version >= version) {
@@ -345,7 +375,7 @@ impl Cache {
             None => drop(shard.put(attr.ino, known)),
         }
         drop(shard);
-        self.learned.notify_waiters();
+        self.learned.tell();
     }
 
     /// For how long what was learned of an inode in a term may still be believed.
@@ -421,6 +451,7 @@ mod tests {
         cache.learn(&fresh(&cache), &attr(7, 6));
         assert!(futures::poll!(&mut waits).is_ready());
         assert!(futures::poll!(pin!(cache.knows(InodeNo(7), 6))).is_ready(), "known already");
+        assert_eq!(cache.learned.waiting.load(Ordering::SeqCst), 0);
     }
 
     #[test]

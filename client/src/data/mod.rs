@@ -131,6 +131,14 @@ impl DataPlane {
         self.writer.flush(ino).await
     }
 
+    /// Starts to write an inode's bytes out. True: nothing suggests that they might not be stored, and nobody needs to wait.
+    ///
+    /// # Errors
+    /// An earlier error of the inode, once.
+    pub fn leave(&self, ino: InodeNo) -> FsResult<bool> {
+        self.writer.leave(ino)
+    }
+
     /// [`DataPlane::flush`] of every inode.
     ///
     /// # Errors

@@ -581,7 +581,8 @@ impl State {
 
     /// The master closed the session, because it was silent too long. A mutation that was sent may or may not have been carried
     /// out: it is sent again in the new session with the name of the old one, whose answers the master has kept, and is done only if
-    /// it was not. Locks are lost. Files stay open: the next hello asserts them, for the new session.
+    /// it was not. A commit without bytes is answered that it was not made: it sets attributes for a program that was told long ago, under
+    /// a lease that is lost, and whether they may still be set is to be found out first. Locks are lost. Files stay open: the next hello asserts them, for the new session.
     pub fn expired(&mut self, nonce: u64) -> Outcome {
         let ended = EarlierSession { session: self.session, nonce: self.nonce };
         self.session = 0;
@@ -593,8 +594,12 @@ impl State {
         if lost > 0 {
             tracing::warn!(owners = lost, "the session expired: its locks are lost");
         }
-        let mut unknown = Vec::new();
+        let (mut unknown, mut unmade) = (Vec::new(), Vec::new());
         for (seq, pending) in &mut self.pending {
+            if is_bare_commit(&pending.request) {
+                unmade.push(*seq);
+                continue;
+            }
             if !pending.sent || harmless_twice(&pending.request) {
                 continue;
             }
@@ -607,6 +612,13 @@ impl State {
         let mut outcome = Outcome::default();
         let ended = self.leases.end();
         outcome.leaving.extend(ended.into_iter().map(|(ino, held)| Leaving { ino, held, keep: None }));
+        for seq in unmade {
+            let Some(mut pending) = self.remove(seq, &mut outcome.freed) else { continue };
+            if let Some(reply) = pending.reply.take() {
+                let heard = Heard::nothing(ErrorCode::ErrorSessionExpired.into());
+                outcome.completions.push(Completion { reply, heard });
+            }
+        }
         for seq in unknown {
             let Some(mut pending) = self.remove(seq, &mut outcome.freed) else { continue };
             if let Some(reply) = pending.reply.take() {
@@ -699,14 +711,18 @@ fn is_cancel(request: &Request) -> bool {
     matches!(&request.op, Some(request::Op::Hold(v1::Hold { op: Some(hold::Op::CancelLock(_)) })))
 }
 
+/// A commit that names no bytes: of attributes that were set under a write lease.
+fn is_bare_commit(request: &Request) -> bool {
+    matches!(&request.op, Some(request::Op::Mutation(v1::Mutation { op: Some(mutation::Op::Commit(commit)) }))
+        if commit.slices.is_empty())
+}
+
 /// Whether a request may be given to a new session although the old one may have carried it out. A commit names chunks
-/// of the old session, which are fenced: it fails as stale, and the data plane sends the bytes again. One without chunks
-/// sets attributes only.
+/// of the old session, which are fenced: it fails as stale, and the data plane sends the bytes again.
 fn harmless_twice(request: &Request) -> bool {
     let Some(request::Op::Mutation(change)) = &request.op else { return true };
     match &change.op {
-        Some(mutation::Op::Commit(commit)) => !commit.slices.is_empty(),
-        Some(mutation::Op::AllocChunks(_) | mutation::Op::Touch(_)) => true,
+        Some(mutation::Op::Commit(_) | mutation::Op::AllocChunks(_) | mutation::Op::Touch(_)) => true,
         _ => false,
     }
 }

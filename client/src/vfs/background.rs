@@ -27,6 +27,11 @@ impl Background {
         });
     }
 
+    /// How much is under way.
+    pub fn count(&self) -> usize {
+        *self.running.borrow()
+    }
+
     /// Whether nothing is under way.
     pub fn is_idle(&self) -> bool {
         *self.running.borrow() == 0

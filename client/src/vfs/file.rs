@@ -15,6 +15,8 @@ use std::sync::atomic::Ordering;
 
 /// How often a read begins again because somebody else has changed the file meanwhile.
 const READ_ATTEMPTS: u32 = 8;
+/// Files that are closed and not stored yet, up to which close does not wait.
+const LEFT_MAX: usize = 1024;
 
 impl Client {
     /// Opens a regular file: the master checks the right to and keeps the inode while it is open. Its first slices come
@@ -198,8 +200,7 @@ impl Client {
         }
     }
 
-    /// What close(2) does: everything written through this client is committed and durable, and an error of a write in
-    /// the background is reported.
+    /// Everything written through this client is committed and durable, and an error of a write in the background is reported.
     ///
     /// # Errors
     /// As [`Client::write`].
@@ -208,6 +209,24 @@ impl Client {
             self.fsync(file.ino).await?;
         }
         Ok(())
+    }
+
+    /// What close(2) does: an error of a write in the background is reported, and what was written is on its way. Waits until it is
+    /// durable unless it is little and everything goes well (`write/weather.rs`): then that takes some milliseconds more, and an error
+    /// is for whoever writes or syncs the file next.
+    ///
+    /// # Errors
+    /// As [`Client::write`].
+    pub async fn close(&self, file: &OpenFile) -> FsResult<()> {
+        if !file.flags.write && !file.flags.append {
+            return Ok(());
+        }
+        let inner = &self.inner;
+        let may_leave = !inner.config.flush_on_close && inner.background.count() < LEFT_MAX;
+        if may_leave && inner.data.leave(file.ino)? {
+            return Ok(());
+        }
+        self.fsync(file.ino).await
     }
 
     /// Returns when the bytes, size and times of an inode are durable: the bytes on every replica, the commit on a

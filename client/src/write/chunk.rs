@@ -157,6 +157,8 @@ pub struct Pool {
     pub hold_until: Duration,
     /// Why the last chunk or allocation failed.
     pub error: Option<FsError>,
+    /// When daemons last said that all of them have plenty of room; None: one of them had not.
+    pub roomy_at: Option<Duration>,
 }
 
 impl Pool {

@@ -5,6 +5,7 @@ use super::attrs::{AttrSet, Pending};
 use super::chunk::{OpenChunk, Pool};
 use super::commit;
 use super::inode::{Committing, Inode, Record};
+use super::weather::Weather;
 use super::{Action, CommitId, Policy, RunNo, Settings, WaiterId};
 use bytes::Bytes;
 use dfs_proto::error::ErrorCode;
@@ -51,6 +52,7 @@ pub struct Core {
     pub(super) unacked: usize,
     /// Seals that the master has not answered.
     pub(super) seals: usize,
+    pub(super) weather: Weather,
     /// Bytes in memory: unsent, queued, sent, committing.
     used: u64,
     /// Bytes written since everything was last asked to be committed.
@@ -74,6 +76,7 @@ impl Core {
             heard: HashMap::new(),
             unacked: 0,
             seals: 0,
+            weather: Weather::default(),
             used: 0,
             since_relief: 0,
             next_id: 0,
@@ -273,6 +276,22 @@ impl Core {
         Ok(Some(waiter))
     }
 
+    /// Asks for everything of an inode to be synced and committed. True: nobody needs to wait for it.
+    ///
+    /// # Errors
+    /// An earlier error of the inode, once.
+    pub fn leave(&mut self, ino: InodeNo, now: Duration) -> FsResult<bool> {
+        if let Some(error) = self.take_error(ino) {
+            return Err(error);
+        }
+        let left = self.may_be_left(ino, now);
+        if left {
+            self.push(ino, true, now);
+            self.dispatch(now);
+        }
+        Ok(left)
+    }
+
     /// The inodes with something that is not committed, and those with an error that is not reported.
     #[must_use]
     pub fn dirty_inodes(&self) -> Vec<InodeNo> {
@@ -321,6 +340,7 @@ impl Core {
     /// Drops an inode's bytes for an error that whoever waits for them, or else the next caller, gets to see.
     pub(super) fn fail_inode(&mut self, ino: InodeNo, error: &FsError, now: Duration) {
         let Some(inode) = self.drop_bytes(ino) else { return };
+        self.weather.failed(now);
         if inode.waiters.is_empty() {
             self.inode(ino, now).error = Some(error.clone());
         }
@@ -367,13 +387,15 @@ impl Core {
             ctime: written.into_iter().chain(set_at).max_by_key(|time| (time.seconds, time.nanos)),
         };
         let cred = attrs.as_ref().map_or_else(Cred::default, |attrs| attrs.cred.clone());
-        inode.committing = Some(Committing { id, kill_priv: writer, records, attrs, expired: false });
+        inode.committing = Some(Committing { id, kill_priv: writer, records, attrs });
         inode.progress_at = inode.progress_at.max(now);
+        self.weather.commit_began(now);
         self.actions.push(Action::Commit { ino, id, cred, commit });
     }
 
     /// The master answered a commit.
     pub fn committed(&mut self, ino: InodeNo, id: CommitId, result: FsResult<Option<Attr>>, now: Duration) {
+        self.weather.commit_ended(result.is_ok(), now);
         let Some(inode) = self.inodes.get_mut(&ino) else { return };
         let Some(commit) = inode.committing.take_if(|commit| commit.id == id) else { return };
         match result {
@@ -396,13 +418,7 @@ impl Core {
                 // The answer does not say which chunk was fenced, so all that the commit named are given up.
                 let chunks: BTreeSet<ChunkId> = commit.records.iter().map(|record| record.chunk).collect();
                 let tell = error.code == ErrorCode::ErrorStaleEpoch;
-                let mut commit = commit;
-                if (!tell || commit.expired) && commit.attrs.take().is_some() {
-                    // Perhaps they were set before the session ended; by now somebody else may have set others.
-                    let text =
-                        "the session ended before the answer came: mode, owner or times may not be set";
-                    self.tell_error(ino, &FsError::new(ErrorCode::ErrorIo, text));
-                }
+                // If somebody else has changed the inode meanwhile, the next commit is refused as a whole (`vfs/observer.rs`).
                 self.take_back(ino, commit);
                 for chunk in chunks {
                     self.give_up(chunk, &[], &error, tell, now);
@@ -414,6 +430,7 @@ impl Core {
             }
             // Somebody else has changed the file since its lease was lost: nothing of it may come back.
             Err(error) if error.code == ErrorCode::ErrorConflict => {
+                inode.committing = Some(commit);
                 self.fail_inode(ino, &FsError { code: ErrorCode::ErrorIo, ..error }, now);
             }
             Err(error) if commit.attrs.is_some() => {
@@ -425,7 +442,10 @@ impl Core {
                 self.try_commit(ino, now);
                 self.forget_if_done(ino);
             }
-            Err(error) => self.fail_inode(ino, &error, now),
+            Err(error) => {
+                inode.committing = Some(commit);
+                self.fail_inode(ino, &error, now);
+            }
         }
         self.dispatch(now);
     }

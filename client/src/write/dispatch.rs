@@ -268,12 +268,14 @@ impl Core {
             Ok(_) => {
                 pool.refusals += 1;
                 pool.back_off(now, FsError::new(ErrorCode::ErrorIo, "the master gave no usable chunk"));
+                self.weather.failed(now);
             }
             Err(error) => {
                 tracing::warn!(%error, "no chunks to write to");
                 // Also the first refusal waits: the next answer would be the same.
                 pool.refusals += if pool.refusals == 0 { 2 } else { 1 };
                 pool.back_off(now, error);
+                self.weather.failed(now);
             }
         }
         self.dispatch(now);
@@ -313,12 +315,14 @@ impl Core {
             }
         }
         (chunk.acked, chunk.synced) = (acked, synced);
+        let policy = chunk.policy;
         while chunk.unacked.front().is_some_and(|end| *end <= acked) {
             chunk.unacked.pop_front();
             self.unacked -= 1;
         }
         let owners: BTreeSet<InodeNo> =
             chunk.records.range(before + 1..synced + 1).map(|(_, ino)| *ino).collect();
+        self.learn_room(policy, reply.free_bytes, now);
         for ino in owners {
             self.try_commit(ino, now);
         }
@@ -342,9 +346,6 @@ impl Core {
     /// The session expired: its chunks are fenced, and what they hold uncommitted must be sent again.
     pub fn session_changed(&mut self, now: Duration) {
         let error = FsError::from(ErrorCode::ErrorSessionExpired);
-        for commit in self.inodes.values_mut().filter_map(|inode| inode.committing.as_mut()) {
-            commit.expired = true;
-        }
         let mut chunks: Vec<ChunkId> = self.chunks.keys().copied().collect();
         chunks.sort_unstable();
         for pool in self.pools.values_mut() {
@@ -371,6 +372,7 @@ impl Core {
     ) {
         let Some(chunk) = self.chunks.remove(&id) else { return };
         tracing::warn!(chunk = %id, %error, ?suspects, "chunk given up, its uncommitted bytes are sent again");
+        self.weather.failed(now);
         self.unacked -= chunk.unacked.len();
         self.sync_wanted.remove(&id);
         // Appends not sent yet would only be refused.

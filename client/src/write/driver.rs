@@ -327,6 +327,15 @@ impl Writer {
         answer.await.unwrap_or_else(|_| Err(FsError::new(ErrorCode::ErrorIo, "the client was shut down")))
     }
 
+    /// Starts to sync and commit everything of an inode. True: nobody needs to wait for it.
+    pub(crate) fn leave(&self, ino: InodeNo) -> FsResult<bool> {
+        let mut state = self.lock();
+        let left = state.core.leave(ino, self.now());
+        self.act(&mut state);
+        self.work.notify_one();
+        left
+    }
+
     /// Syncs and commits everything; the first error.
     pub(crate) async fn flush_all(&self) -> FsResult<()> {
         use futures::StreamExt;

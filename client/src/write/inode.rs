@@ -55,8 +55,6 @@ pub struct Committing {
     pub records: Vec<Record>,
     /// Attributes that it sets.
     pub attrs: Option<Pending>,
-    /// The session has changed since it was sent: it may have happened, and others may have come after it.
-    pub expired: bool,
 }
 
 /// Everything about an inode with bytes that are not committed.
@@ -130,6 +128,13 @@ impl Inode {
     #[must_use]
     pub fn is_clean(&self) -> bool {
         self.oldest_run().is_none() && self.extents.unsent() == 0
+    }
+
+    /// Bytes in memory.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        let committing = self.committing.iter().flat_map(|commit| &commit.records);
+        self.extents.unsent() + self.queued_bytes + committing.chain(&self.sent).map(Record::len).sum::<u64>()
     }
 
     /// Nothing is left to know about it.

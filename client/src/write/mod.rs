@@ -31,6 +31,7 @@ pub mod extents;
 pub mod inode;
 #[cfg(test)]
 mod tests;
+mod weather;
 
 use crate::leases::Leases;
 use dfs_proto::v1;

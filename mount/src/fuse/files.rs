@@ -274,14 +274,15 @@ impl Shared {
         Ok(())
     }
 
-    /// What close(2) waits for: locks of the closing process are given up, what it wrote is durable.
+    /// What close(2) waits for: locks of the closing process are given up, what it wrote is on its way, and durable unless it is
+    /// little and all goes well.
     pub async fn flush(&self, handle: FileHandle, owner: u64, answer: Answer<ReplyEmpty>) {
         let Ok(file) = self.file(handle) else {
             return answer.refuse(Errno::EBADF);
         };
         let ino = file.open.ino;
         let unlocked = self.client.release_locks(ino, owner).await;
-        let flushed = if file.open.flags.write { self.client.flush(&file.open).await } else { Ok(()) };
+        let flushed = if file.open.flags.write { self.client.close(&file.open).await } else { Ok(()) };
         answer.empty(flushed.and(unlocked));
     }
 
