@@ -1,7 +1,7 @@
 //! The master: namespace, permissions, chunk map and placement, replicated by Raft.
 //!
-//! `state/` says what a command does, purely. `raft/` orders commands and keeps them. `leases/`, `placement.rs` and
-//! `seal.rs` decide what the leader keeps in memory or does in the background, purely too. `server/` connects them with
+//! `state/` says what a command does, purely. `raft/` orders commands and keeps them. `leases/`, `placement.rs`, `repair.rs`,
+//! `compact.rs`, `review.rs` and `seal.rs` decide what the leader keeps in memory or does in the background, purely too. `server/` connects them with
 //! clients and chunk daemons.
 
 pub mod compact;
@@ -11,6 +11,7 @@ pub mod operate;
 pub mod placement;
 pub mod raft;
 pub mod repair;
+pub mod review;
 pub mod seal;
 pub mod server;
 pub mod state;

@@ -183,6 +183,11 @@ pub const GATHER_PIECE_MS: u64 = 5;
 pub const GATHER_SOURCES_MAX: usize = 64;
 pub const GATHER_PIECES_MAX: usize = 65_536;
 pub const MOVES_PER_COMMAND: usize = 512;
+/// Files whose replicas were set that are looked at together; of how many chunks it is remembered meanwhile who wants what they are
+/// to have; and chunks that are told with one command how many replicas they are to have.
+pub const REVIEW_FILES: usize = 1024;
+pub const REVIEW_CHUNKS: usize = 65_536;
+pub const WISHES_PER_COMMAND: usize = 512;
 /// The most chunks in one report and orders carried out at once.
 pub const REPORT_CHUNKS: usize = 4096;
 pub const ORDERS_AT_ONCE: usize = 64;

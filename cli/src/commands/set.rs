@@ -16,10 +16,11 @@ use std::os::unix::ffi::OsStrExt;
 #[derive(clap::Args, Debug)]
 #[command(group(clap::ArgGroup::new("what").required(true).multiple(true).args(["replicas", "chunk_size"])))]
 pub struct Args {
-    /// Copies of each new chunk; `default`: as many as the cluster's default
+    /// Copies of every byte, those included that are there already: repair makes and removes them afterwards, in the background.
+    /// `default`: as many as the cluster's default. What several files share has as many as the one wants that wants most
     #[arg(long, value_name = "N", value_parser = replicas)]
     replicas: Option<u32>,
-    /// Bytes of each new chunk, as 64MiB; `default`: the cluster's default
+    /// Bytes of each chunk that is written from now on, as 64MiB; `default`: the cluster's default
     #[arg(long, value_name = "SIZE", value_parser = chunk_size)]
     chunk_size: Option<u64>,
     /// Directories, and everything below them

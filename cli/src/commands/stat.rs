@@ -20,7 +20,7 @@ pub struct Args {
     /// Follow symlinks
     #[arg(short = 'L', long)]
     dereference: bool,
-    /// Where the bytes are: slices, chunks, replicas
+    /// Where the bytes are: slices, chunks, how many replicas these are to have, and those that they have
     #[arg(short, long)]
     chunks: bool,
 }
@@ -136,11 +136,12 @@ fn layout_text(slices: &[Slice], chunks: &BTreeMap<u64, ChunkAccess>) -> String 
                 slice.chunk.to_string(),
                 slice.chunk_offset.to_string(),
                 if chunk.is_some_and(|chunk| chunk.sealed) { "sealed" } else { "open" }.to_owned(),
+                chunk.map_or(0, |chunk| chunk.wanted_replicas).to_string(),
                 replicas(chunk).join(" "),
             ]
         })
         .collect();
-    crate::output::table(&[">OFFSET", ">LENGTH", ">CHUNK", ">AT", "STATE", "REPLICAS"], &rows)
+    crate::output::table(&[">OFFSET", ">LENGTH", ">CHUNK", ">AT", "STATE", ">WANTED", "REPLICAS"], &rows)
 }
 
 fn layout_json(slices: &[Slice], chunks: &BTreeMap<u64, ChunkAccess>) -> Value {
@@ -152,6 +153,7 @@ fn layout_json(slices: &[Slice], chunks: &BTreeMap<u64, ChunkAccess>) -> Value {
                 "offset": slice.file_offset, "length": slice.length, "chunk": slice.chunk,
                 "chunk_offset": slice.chunk_offset, "sealed": chunk.is_some_and(|chunk| chunk.sealed),
                 "epoch": chunk.map(|chunk| chunk.epoch), "replicas": replicas(chunk),
+                "wanted_replicas": chunk.map(|chunk| chunk.wanted_replicas),
             })
         })
         .collect()

@@ -98,6 +98,8 @@ fn human(status: &StatusReply) -> String {
     );
     for (count, what) in [
         (status.under_replicated, "chunks with too few copies"),
+        (status.surplus, "chunks with more copies than they should have"),
+        (status.reviews, "files whose number of copies was set and is being passed on to their chunks"),
         (status.waiting_seal, "chunks waiting to be sealed"),
         (status.orphans, "removed files still open"),
     ] {
@@ -246,6 +248,7 @@ fn to_json(status: &StatusReply) -> Value {
         "files": status.files, "chunks": status.chunks, "live_bytes": status.live_bytes,
         "total_bytes": status.total_bytes, "free_bytes": status.free_bytes, "replicas": status.replicas,
         "chunk_size": status.chunk_size, "under_replicated": status.under_replicated,
+        "surplus": status.surplus, "reviews": status.reviews,
         "waiting_seal": status.waiting_seal, "orphans": status.orphans, "warnings": status.warnings,
     })
 }

@@ -27,6 +27,8 @@ use tonic::{Request, Response, Status};
 
 /// Orphans are counted up to here.
 const ORPHANS_MAX: usize = 100_000;
+/// Up to where files are counted whose chunks have not all got what was set.
+const REVIEWS_MAX: usize = 100_000;
 
 /// For how long after a wish for it compaction waits for nothing.
 const HURRY: Duration = Duration::from_secs(60);
@@ -227,6 +229,9 @@ fn overview(term: &Term) -> Result<StatusReply, Status> {
     let orphans = state::orphans(&*kv, InodeNo(0), ORPHANS_MAX)
         .map_err(|error| failed("reading the orphans", error))?
         .len();
+    let reviews = state::reviews(&*kv, InodeNo(0), REVIEWS_MAX)
+        .map_err(|error| failed("reading which files' replicas were set", error))?
+        .len();
     let raft = shared.node.status();
     let census = *term.census.lock().unwrap_or_else(PoisonError::into_inner);
     let flawed = term.repairs.flaws_by_node();
@@ -263,6 +268,8 @@ fn overview(term: &Term) -> Result<StatusReply, Status> {
         live_bytes: cluster.live_bytes,
         under_replicated: census.under_replicated,
         waiting_seal: census.fenced,
+        surplus: census.surplus,
+        reviews: reviews as u64,
         replicas: term.replicas,
         chunk_size: term.chunk_size,
         total_bytes: space.total / replicas,

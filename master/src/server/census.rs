@@ -23,6 +23,8 @@ pub struct Census {
     pub under_replicated: u64,
     /// Among them those with no such replica at all.
     pub unavailable: u64,
+    /// Sealed chunks with bytes that have more replicas than they should.
+    pub surplus: u64,
     /// Chunks that are fenced and not sealed yet.
     pub fenced: u64,
 }
@@ -77,9 +79,11 @@ fn count(census: &mut Census, nodes: &Nodes, chunk: &ChunkState) {
     }
     let alive =
         chunk.nodes.iter().filter(|node| super::sealing::is_alive(nodes.health(NodeId(**node)))).count();
-    if alive < usize::try_from(chunk.wanted_replicas).unwrap_or(usize::MAX) {
+    let wanted = usize::try_from(chunk.wanted_replicas).unwrap_or(usize::MAX);
+    if alive < wanted {
         census.under_replicated += 1;
     }
+    census.surplus += u64::from(chunk.phase() == Phase::Sealed && chunk.nodes.len() > wanted);
     if alive == 0 {
         census.unavailable += 1;
     }

@@ -2,7 +2,7 @@
 
 use super::jobs::Lane;
 use super::term::{Answers, Term};
-use super::{Gone, Shared, census, change, compacting, masters, repairing, sealing, space};
+use super::{Gone, Shared, census, change, compacting, masters, repairing, sealing, space, wishing};
 use crate::leases::table::Kind;
 use crate::raft::Leadership;
 use crate::state;
@@ -56,6 +56,7 @@ pub async fn run(shared: Arc<Shared>) {
             work.spawn(repairing::run(Arc::clone(term)));
             work.spawn(space::run(Arc::clone(term)));
             work.spawn(compacting::run(Arc::clone(term)));
+            work.spawn(wishing::run(Arc::clone(term)));
             work.spawn(census::run(Arc::clone(term)));
             work.spawn(masters::run(Arc::clone(term)));
         }

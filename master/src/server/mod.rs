@@ -26,6 +26,7 @@ mod sealing;
 mod session;
 mod space;
 mod term;
+mod wishing;
 
 use crate::raft;
 use dfs_env::Env;

@@ -24,6 +24,7 @@
 //! 0f   node, chunk                             nothing: the node holds a replica of the chunk
 //! 10   session, lease kind, bucket             nothing: the session may hold such leases on inodes of the bucket
 //! 11   chunk                                   nothing: the number is reserved for a chunk that is being made by compaction
+//! 12   ino                                     8 bytes, the inode's version when its wish for replicas was set: its chunks are to get it
 //! 16   session                                 EndedRow: it ended without a goodbye, its answers are kept
 //! 17   seconds since 1970, session             nothing: the session ended then
 //! ```
@@ -58,6 +59,7 @@ pub mod tag {
     pub const REPLICA: u8 = 0x0f;
     pub const LEASED: u8 = 0x10;
     pub const RESERVED: u8 = 0x11;
+    pub const REVIEW: u8 = 0x12;
     pub const ENDED: u8 = 0x16;
     pub const ENDED_AT: u8 = 0x17;
 }
@@ -264,6 +266,17 @@ pub fn idle(chunk: ChunkId) -> Vec<u8> {
 #[must_use]
 pub fn reserved(chunk: ChunkId) -> Vec<u8> {
     key(tag::RESERVED, &[chunk.get()], &[])
+}
+
+#[must_use]
+pub fn review(ino: InodeNo) -> Vec<u8> {
+    key(tag::REVIEW, &[ino.get()], &[])
+}
+
+/// The further users of a chunk's extents, from that slice on.
+#[must_use]
+pub fn users_from(chunk: ChunkId, extent: ByteOffset, ino: InodeNo, at: ByteOffset) -> KeyRange {
+    (user(chunk, extent, ino, at), after(&key(tag::USER, &[chunk.get()], &[])))
 }
 
 /// The further users of an extent.

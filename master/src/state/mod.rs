@@ -25,8 +25,10 @@ use dfs_proto::v1::{self, ErrorCode, Timestamp, answer, command, mutation, syste
 use dfs_proto::{FsError, SessionId};
 pub use invariants::{Check, Findings, check_invariants};
 pub use kv::{Kv, MemKv, WriteSet};
+pub use ops::wish::of as wish;
 use ops::{
-    Caller, State, attr, chunk, create, data, mend, node, orphan, relocate, remove, rename, session, xattr,
+    Caller, State, attr, chunk, create, data, mend, node, orphan, relocate, remove, rename, session, wish,
+    xattr,
 };
 pub use query::{access_of_holder, check_open, layout, query};
 pub use read::*;
@@ -34,8 +36,10 @@ use rows::{OpResult, answered, corrupt, refused};
 use std::io;
 pub use touched::{mended_inodes, names_of, shown_as_committed, touched};
 
-/// The version of the log's batches.
-pub const BATCH_VERSION: u32 = 1;
+/// The version of the log's batches, and the first one in which chunks follow what files want of replicas. Entries of earlier
+/// versions do what they did when they were written: another master may have applied them then.
+pub const BATCH_VERSION: u32 = 2;
+const WISHES_SINCE: u32 = 2;
 
 /// What one command answered.
 #[derive(Debug, Clone, PartialEq)]
@@ -53,15 +57,15 @@ pub enum Applied {
 /// # Errors
 /// When the store cannot be read or holds what cannot be, or the batch is of another version: nothing may be applied.
 pub fn apply(kv: &dyn Kv, batch: &v1::Batch) -> io::Result<(WriteSet, Vec<Applied>)> {
-    if batch.version != BATCH_VERSION {
-        let text = format!("a batch of version {}, this master knows {BATCH_VERSION}", batch.version);
+    if !(1..=BATCH_VERSION).contains(&batch.version) {
+        let text = format!("a batch of version {}, this master knows 1 to {BATCH_VERSION}", batch.version);
         return Err(io::Error::new(io::ErrorKind::Unsupported, text));
     }
     let mut state: Option<State<'_>> = None;
     let mut results = Vec::with_capacity(batch.commands.len());
     for command in &batch.commands {
         if state.is_none() {
-            state = begin(kv, command)?;
+            state = begin(kv, command, batch.version >= WISHES_SINCE)?;
         }
         results.push(match state.as_mut() {
             Some(state) => apply_one(state, command)?,
@@ -74,7 +78,7 @@ pub fn apply(kv: &dyn Kv, batch: &v1::Batch) -> io::Result<(WriteSet, Vec<Applie
 }
 
 /// The state as the batch finds it. Of a store without a cluster the first Init makes one; other commands find None.
-fn begin<'k>(kv: &'k dyn Kv, command: &v1::Command) -> io::Result<Option<State<'k>>> {
+fn begin<'k>(kv: &'k dyn Kv, command: &v1::Command, keeps_wishes: bool) -> io::Result<Option<State<'k>>> {
     let tx = kv::Tx::new(kv);
     let key = keys::cluster();
     let (cluster, fresh) = match (tx.row::<v1::ClusterRow>(&key)?, init_of(command)) {
@@ -82,7 +86,7 @@ fn begin<'k>(kv: &'k dyn Kv, command: &v1::Command) -> io::Result<Option<State<'
         (None, Some(init)) => {
             let now = command.now.unwrap_or_default();
             let Ok(cluster) = session::first_cluster_row(init, now) else { return Ok(None) };
-            (cluster, true)
+            (v1::ClusterRow { wishes_hold: keeps_wishes, ..cluster }, true)
         }
         (None, None) => return Ok(None),
     };
@@ -95,7 +99,7 @@ fn begin<'k>(kv: &'k dyn Kv, command: &v1::Command) -> io::Result<Option<State<'
     let hash_key =
         cluster.hash_key.as_ref().try_into().map_err(|_| corrupt(&key, "a hash key of the wrong length"))?;
     let now = cluster.now.unwrap_or_default();
-    let mut state = State { tx, cluster, now, hash_key };
+    let mut state = State { tx, cluster, now, hash_key, keeps_wishes };
     if fresh {
         session::init(&mut state);
         state.tx.keep();
@@ -222,6 +226,8 @@ fn apply_system(s: &mut State<'_>, op: &v1::System) -> OpResult<system_answer::B
         Some(system::Op::Mend(op)) => mend::mend(s, op),
         Some(system::Op::ReserveChunk(_)) => Ok(relocate::reserve(s)),
         Some(system::Op::ReleaseChunks(op)) => relocate::release(s, op),
+        Some(system::Op::SetWishes(op)) => wish::set(s, op),
+        Some(system::Op::Reviewed(op)) => wish::reviewed(s, op),
         Some(system::Op::Relocate(op)) => relocate::relocate(s, op),
         None => refused(ErrorCode::ErrorNotSupported, "a command this master does not know"),
     }

@@ -242,6 +242,7 @@ pub fn chunk_access(tx: &Tx<'_>, state: &ChunkState) -> io::Result<ChunkAccess> 
         capacity: state.capacity,
         sealed: state.phase() == Phase::Sealed,
         length: state.committed,
+        wanted_replicas: state.wanted_replicas,
     })
 }
 

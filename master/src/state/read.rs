@@ -132,6 +132,55 @@ pub fn extents(
     })
 }
 
+/// A page of the files above `after` whose chunks are to get what the files want, each with the version that the note was made at.
+pub fn reviews(kv: &dyn Kv, after: InodeNo, limit: usize) -> io::Result<Vec<(InodeNo, u64)>> {
+    let range = (keys::review(InodeNo(after.get() + 1)), keys::table(tag::REVIEW).1);
+    Tx::new(kv)
+        .collect(&range, limit, |key, value| Ok((InodeNo(number(key, 0)?), version_of_review(key, value)?)))
+}
+
+pub(super) fn version_of_review(key: &[u8], value: &[u8]) -> io::Result<u64> {
+    let version = value.try_into().map_err(|_| corrupt(key, "a version of another length"))?;
+    Ok(u64::from_be_bytes(version))
+}
+
+/// A page of the file's slices that begin at `from` or later, and where each begins.
+pub fn slices(
+    kv: &dyn Kv,
+    ino: InodeNo,
+    from: ByteOffset,
+    limit: usize,
+) -> io::Result<Vec<(ByteOffset, v1::SliceRow)>> {
+    Tx::new(kv).collect(&keys::slices(ino, from, ByteOffset(u64::MAX)), limit, |key, value| {
+        Ok((ByteOffset(number(key, 1)?), decode(key, value)?))
+    })
+}
+
+/// A slice that uses an extent of a chunk beside the extent's first user: in the order of the table.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct FurtherUser {
+    pub extent: ByteOffset,
+    pub ino: InodeNo,
+    pub at: ByteOffset,
+}
+
+/// A page of the users of a chunk's extents, from `from` on, without each extent's first one: that is in [`extents`].
+pub fn further_users(
+    kv: &dyn Kv,
+    chunk: ChunkId,
+    from: FurtherUser,
+    limit: usize,
+) -> io::Result<Vec<FurtherUser>> {
+    let range = keys::users_from(chunk, from.extent, from.ino, from.at);
+    Tx::new(kv).collect(&range, limit, |key, _| {
+        Ok(FurtherUser {
+            extent: ByteOffset(number(key, 1)?),
+            ino: InodeNo(number(key, 2)?),
+            at: ByteOffset(number(key, 3)?),
+        })
+    })
+}
+
 /// Whether an extent of a chunk begins there.
 pub fn has_extent(kv: &dyn Kv, chunk: ChunkId, at: ByteOffset) -> io::Result<bool> {
     Ok(Tx::new(kv).get(&keys::extent(chunk, at))?.is_some())

@@ -17,7 +17,9 @@ fn cluster() -> MemKv {
         body: Some(Body::System(v1::System { op: Some(op) })),
         ..v1::Command::default()
     });
-    let batch = v1::Batch { version: BATCH_VERSION, commands: commands.into() };
+    // As before there were wishes for replicas: that these are kept is true as long as the leader says so only if it is (SetWishes,
+    // Reviewed), and here everything is said.
+    let batch = v1::Batch { version: 1, commands: commands.into() };
     kv.apply(&apply(&kv, &batch).expect("sound").0).expect("memory");
     kv
 }

@@ -3,10 +3,12 @@
 use super::faults::Subject;
 use super::{Found, Violations, replica_row, unsealed_row};
 use crate::state::keys;
-use dfs_proto::ChunkId;
-use dfs_proto::limits::FILE_SIZE_MAX;
-use dfs_proto::v1::ChunkState;
+use crate::state::ops::wish;
+use crate::state::rows::Inode;
+use dfs_proto::limits::{FILE_SIZE_MAX, REPLICAS_MAX};
 use dfs_proto::v1::chunk_state::Phase;
+use dfs_proto::v1::{ChunkState, ClusterRow};
+use dfs_proto::{ChunkId, InodeNo};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What the slices say.
@@ -47,6 +49,45 @@ pub fn check(found: &Found, violations: &mut Violations) -> Mapped {
             .unless(found.chunks.contains_key(chunk), row, || format!("idle chunk {chunk} does not exist"));
     }
     mapped
+}
+
+/// No chunk is to have fewer replicas than a file wants that uses it, unless that file is noted.
+pub fn check_wishes(found: &Found, cluster: &ClusterRow, violations: &mut Violations) {
+    for ino in &found.reviews {
+        let file = found.inodes.get(ino).is_some_and(Inode::is_file);
+        violations.unless(file, Subject::Row(keys::review(InodeNo(*ino))), || {
+            format!("inode {ino}, which is no file, is noted for its replicas")
+        });
+    }
+    if !cluster.wishes_hold {
+        return;
+    }
+    for (chunk, state) in &found.chunks {
+        let in_range = (1..=REPLICAS_MAX).contains(&state.wanted_replicas);
+        violations.unless(in_range, Subject::Chunk(*chunk), || {
+            format!("chunk {chunk} is to have {} replicas", state.wanted_replicas)
+        });
+    }
+    let mut told = BTreeSet::new();
+    for ((ino, _), slice) in &found.slices {
+        let (Some(inode), Some(chunk)) = (found.inodes.get(ino), found.chunks.get(&slice.chunk)) else {
+            continue;
+        };
+        let (wish, wanted) = (wish::of(cluster, &inode.attr), chunk.wanted_replicas);
+        if wish > wanted
+            && inode.is_file()
+            && !found.reviews.contains(ino)
+            && told.insert((*ino, slice.chunk))
+        {
+            violations.push(
+                Subject::Wish(*ino),
+                format!(
+                    "chunk {} is to have {wanted} replicas, inode {ino}, which uses it, wants {wish}",
+                    slice.chunk
+                ),
+            );
+        }
+    }
 }
 
 fn check_slices(found: &Found, violations: &mut Violations) -> Mapped {

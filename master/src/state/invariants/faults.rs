@@ -25,6 +25,8 @@ pub enum Subject {
     /// An inode that is not there.
     Missing(u64),
     Inode(u64),
+    /// A file that wants more replicas than a chunk of it is to have.
+    Wish(u64),
     Counters,
     /// What has no mending.
     Nothing,
@@ -52,6 +54,7 @@ pub fn of(
         }
         Subject::Missing(ino) => missing(ino, found, counts, mapped).map(What::Missing),
         Subject::Inode(ino) => found.inodes.get(&ino).and_then(|row| inode(ino, row, found, counts, mapped)),
+        Subject::Wish(ino) => Some(What::Wish(ino)),
         Subject::Counters => Some(What::Counters(off(found, cluster))),
         Subject::Nothing => None,
     });

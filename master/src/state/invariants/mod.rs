@@ -9,6 +9,7 @@ use super::ended::second_of;
 use super::keys::{self, tag};
 use super::kv::Kv;
 use super::ops::orphan::Orphan;
+use super::read::version_of_review;
 use super::rows::{Inode, corrupt, decode, number};
 use dfs_proto::v1::{self, ChunkState, DentryRow, ExtentRow, NodeRow, SessionRow, SliceRow};
 use dfs_proto::{ChunkId, InodeNo, NodeId, SessionId};
@@ -68,6 +69,7 @@ impl Check {
         check_counters(&found, cluster, &mut violations);
         let counts = names::check(&found, cluster, &mut violations);
         let mapped = chunks::check(&found, &mut violations);
+        chunks::check_wishes(&found, cluster, &mut violations);
         check_sessions(&found, &mut violations);
         let faults = faults::of(&found, cluster, &counts, &mapped, violations.subjects);
         Findings { problems: violations.texts, faults, mended: cluster.mended }
@@ -138,6 +140,8 @@ struct Found {
     leased: BTreeSet<(u64, u64, u64)>,
     /// Numbers of chunks that are being made.
     reserved: BTreeSet<u64>,
+    /// Files whose chunks are to get what they want.
+    reviews: BTreeSet<u64>,
 }
 
 impl Found {
@@ -201,6 +205,10 @@ impl Found {
             }
             Some(tag::ENDED_AT) => {
                 self.ended_at.insert((at(0)?, at(1)?));
+            }
+            Some(tag::REVIEW) => {
+                version_of_review(key, value)?;
+                self.reviews.insert(at(0)?);
             }
             Some(tag::RESERVED) => {
                 self.reserved.insert(at(0)?);

@@ -1,6 +1,6 @@
 //! chmod, chown, truncate, utimensat and chattr, in the order of notify_change() and setattr_prepare() of the kernel.
 
-use super::{Caller, State, data, entry};
+use super::{Caller, State, data, entry, wish};
 use crate::state::access::{self, SET_GID, WRITE};
 use crate::state::acl;
 use crate::state::kv::Tx;
@@ -32,6 +32,9 @@ pub fn set_attr(s: &mut State<'_>, by: &Caller<'_>, op: &v1::SetAttr) -> OpResul
     inode.attr.replicas = op.replicas.unwrap_or(inode.attr.replicas);
     inode.attr.chunk_size = op.chunk_size.unwrap_or(inode.attr.chunk_size);
     inode.changed(s.now);
+    if op.replicas.is_some() && inode.mapped.get() > 0 {
+        wish::note(s, &inode);
+    }
     s.tx.put_inode(&inode);
     Ok(entry(&inode, false))
 }

@@ -40,6 +40,7 @@ pub fn alloc(s: &mut State<'_>, by: &Caller<'_>, op: &v1::AllocChunks) -> OpResu
             live: 0,
             capacity,
             wanted_replicas: replicas,
+            joined: 0,
         };
         s.cluster.next_chunk += 1;
         s.cluster.chunks += 1;

@@ -1,13 +1,14 @@
 //! What files hold: commit, truncate, fallocate and copy_file_range, all on the slice map alone.
 
 use super::slices::{self, Placed};
-use super::{Caller, State, attr, entry};
+use super::{Caller, State, attr, entry, wish};
 use crate::state::keys;
 use crate::state::rows::{FLAG_APPEND, FLAG_IMMUTABLE, Inode, OpResult, corrupt, refused};
 use dfs_proto::limits::{COMMIT_SLICES_MAX, FILE_SIZE_MAX, LAYOUT_SLICES_MAX};
 use dfs_proto::v1::chunk_state::Phase;
 use dfs_proto::v1::{self, ChunkState, CommitSlice, ErrorCode, Kind, SliceRow, Timestamp, answer::Body};
 use dfs_proto::{ByteLen, ByteOffset, ChunkId, InodeNo};
+use std::collections::BTreeSet;
 
 fn file(s: &State<'_>, ino: u64) -> OpResult<Inode> {
     let inode = s.tx.inode(InodeNo(ino))?;
@@ -79,6 +80,7 @@ fn place(s: &mut State<'_>, inode: &mut Inode, slice: &CommitSlice, end: ByteOff
     let extended = slices::extend(s, inode, &mut chunk, from, bytes)?;
     let extent = if extended { None } else { Some(slices::extent_for(s, &mut chunk, bytes.0, bytes.1)?) };
     chunk.committed = chunk.committed.max(slice.record_end);
+    wish::join(s, &mut chunk, inode);
     s.tx.put_chunk(&chunk);
     if let Some(extent) = extent {
         let row = SliceRow {
@@ -179,6 +181,7 @@ pub fn copy_range(s: &mut State<'_>, by: &Caller<'_>, op: &v1::CopyRange) -> OpR
     let copied = to - from;
     let target_from = ByteOffset(op.to_offset);
     slices::cut(s, &mut target, target_from, target_from + copied)?;
+    join_all(s, &target, &found)?;
     for slice in &found {
         copy_slice(s, &mut target, slice, (from, to), target_from)?;
     }
@@ -189,6 +192,19 @@ pub fn copy_range(s: &mut State<'_>, by: &Caller<'_>, op: &v1::CopyRange) -> OpR
     target.modified(s.now);
     s.tx.put_inode(&target);
     Ok(Body::Copied(v1::Copied { length: copied.get(), attr: Some(target.attr) }))
+}
+
+/// The target begins to use the chunks that these slices are of.
+fn join_all(s: &mut State<'_>, target: &Inode, found: &[Placed]) -> OpResult<()> {
+    let chunks: BTreeSet<u64> = found.iter().map(|(_, slice)| slice.chunk).collect();
+    for id in chunks.into_iter().map(ChunkId) {
+        let mut chunk =
+            s.tx.find_chunk(id)?
+                .ok_or_else(|| corrupt(&keys::chunk(id), "used by a slice, but not there"))?;
+        wish::join(s, &mut chunk, target);
+        s.tx.put_chunk(&chunk);
+    }
+    Ok(())
 }
 
 fn copy_slice(

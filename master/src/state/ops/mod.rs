@@ -13,6 +13,7 @@ pub mod remove;
 pub mod rename;
 pub mod session;
 pub mod slices;
+pub mod wish;
 pub mod xattr;
 
 use super::keys;
@@ -30,6 +31,8 @@ pub struct State<'k> {
     /// The time of the command under way; it never runs backwards.
     pub now: Timestamp,
     pub hash_key: [u8; 16],
+    /// Chunks follow what files want of replicas: see `wish.rs`.
+    pub keeps_wishes: bool,
 }
 
 /// On whose behalf a mutation runs.

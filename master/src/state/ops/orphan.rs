@@ -1,7 +1,7 @@
 //! Inodes without a name: kept while somebody holds them open, freed by Reap in bounded steps.
 
-use super::State;
 use super::slices;
+use super::{State, wish};
 use crate::state::keys;
 use crate::state::rows::{OpResult, corrupt, refused};
 use dfs_proto::limits::REAP_ROWS_MAX;
@@ -84,6 +84,7 @@ fn reap_one(s: &mut State<'_>, ino: InodeNo, budget: usize) -> OpResult<usize> {
     }
     if freed < budget {
         s.tx.delete(keys::inode(ino));
+        wish::forget(s, ino)?;
         delete(s, ino);
         s.cluster.files -= 1;
         freed += 1;

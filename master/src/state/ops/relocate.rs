@@ -9,9 +9,9 @@
 //! chunk is there, and whoever finds it gone asks for the slices again. What lost its users since it was copied is left out:
 //! extents of a sealed chunk never change and never come back, so that an extent is there is all that has to be looked at.
 
-use super::State;
 use super::chunk::{check_nodes, existing};
 use super::slices::{self, note_idle};
+use super::{State, wish};
 use crate::state::keys;
 use crate::state::rows::{OpResult, corrupt, number, refused};
 use dfs_proto::limits::{CHUNK_SIZE_MAX, REAP_ROWS_MAX, REPLICAS_MAX};
@@ -95,7 +95,9 @@ fn make(s: &mut State<'_>, id: ChunkId, new: &v1::NewChunk) -> OpResult<ChunkSta
         nodes: new.nodes.clone(),
         live: 0,
         capacity: new.length,
-        wanted_replicas: new.replicas,
+        // What its sources are to have may have changed since it was ordered: it follows from them, extent by extent.
+        wanted_replicas: if s.keeps_wishes { 1 } else { new.replicas },
+        joined: 0,
     })
 }
 
@@ -116,6 +118,7 @@ fn move_extent(s: &mut State<'_>, target: &mut ChunkState, op: &v1::Move, budget
         return refused(ErrorCode::ErrorConflict, text);
     }
     target.wanted_replicas = target.wanted_replicas.max(source.wanted_replicas);
+    wish::count(s, target);
     let first = row.has_first.then_some((InodeNo(row.first_ino), ByteOffset(row.first_offset)));
     let further =
         s.tx.collect(&keys::users(from, extent), budget - usize::from(first.is_some()), |key, _| {

@@ -29,6 +29,7 @@ pub fn first_cluster_row(op: &v1::Init, now: Timestamp) -> Result<v1::ClusterRow
         files: 1,
         live_bytes: 0,
         chunks: 0,
+        wishes_hold: false,
         newer: Vec::new(),
         mended: 0,
     })

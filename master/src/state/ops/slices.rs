@@ -9,7 +9,7 @@
 //! A slice lies inside one extent. An extent counts its users, which are slices; it goes, and its bytes stop being live,
 //! with the last of them. Cutting a hole into a slice makes it two users, so an extent is live as a whole or not at all.
 
-use super::State;
+use super::{State, wish};
 use crate::state::keys;
 use crate::state::kv::Tx;
 use crate::state::rows::{Inode, OpResult, corrupt, decode, number, refused};
@@ -69,6 +69,7 @@ pub fn cut(s: &mut State<'_>, inode: &mut Inode, from: ByteOffset, to: ByteOffse
             let tail = part(&slice, to, slice_end);
             add_user(s, &tail, ino, to)?;
             s.tx.put_row(keys::slice(ino, to), &tail);
+            wish::moved(s, ChunkId(tail.chunk))?;
         }
         if at < from {
             s.tx.put_row(keys::slice(ino, at), &part(&slice, at, from));

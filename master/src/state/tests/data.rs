@@ -2,7 +2,7 @@
 
 use super::*;
 use proptest::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Where bytes come from: a chunk that is being filled. A byte's value in the model is its place: (chunk, offset) + 1.
 struct Writer {
@@ -75,6 +75,13 @@ enum Step {
     Move(usize),
     /// Another master leads: what was begun is given up.
     Forget,
+    /// How many replicas a file wants; 0: the default.
+    Set(usize, u32),
+    /// The leader looks what is to be told, and tells it.
+    Look,
+    Tell,
+    /// It looks at every file that is noted, and has done with some.
+    Review,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -94,6 +101,10 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (1_usize..6).prop_map(Step::Move),
         1 => Just(Step::Forget),
         1 => file().prop_map(Step::Replace),
+        3 => (file(), 0_u32..6).prop_map(|(f, r)| Step::Set(f, r)),
+        2 => Just(Step::Look),
+        2 => Just(Step::Tell),
+        2 => Just(Step::Review),
     ]
 }
 
@@ -118,6 +129,10 @@ struct Files {
     /// Where bytes that were moved come from, by where they are.
     moved: BTreeMap<u64, u64>,
     compaction: Option<Compaction>,
+    /// How many replicas each file wants.
+    wishes: Vec<u32>,
+    /// What the leader has found and is about to tell.
+    pending: Vec<v1::Wish>,
 }
 
 /// A chunk that is made of the extents of another: as a leader keeps it in mind.
@@ -141,6 +156,60 @@ impl Files {
             names: 0,
             moved: BTreeMap::new(),
             compaction: None,
+            wishes: vec![3; 3],
+            pending: Vec::new(),
+        }
+    }
+
+    fn set(&mut self, file: usize, replicas: u32) {
+        let op = v1::SetAttr { ino: self.inos[file], replicas: Some(replicas), ..Default::default() };
+        self.w.set_attr(&root(), op).unwrap();
+        self.wishes[file] = if replicas == 0 { 3 } else { replicas };
+    }
+
+    /// Seals chunks, which may be the one that is being filled.
+    fn seal(&mut self, chunks: &[ChunkId]) {
+        for chunk in chunks {
+            self.w.seal(chunk.get());
+            if chunk.get() == self.writer.chunk.chunk {
+                self.writer = self.w.writer();
+            }
+        }
+    }
+
+    /// What the leader does with the files that are noted.
+    fn review(&mut self) {
+        self.pending.clear();
+        let noted = reviews(&self.w.kv, InodeNo(0), 99).unwrap();
+        let first = self.w.look(&noted);
+        let seals: Vec<ChunkId> = first.seals.clone();
+        let second = self.w.look(&first.looked.told);
+        self.w.reviewed(first.looked.done.iter().chain(&second.looked.done).copied());
+        self.seal(&seals);
+    }
+
+    /// The chunks that a file has bytes in.
+    fn chunks_of(&self, file: usize) -> BTreeSet<u64> {
+        let bytes = self.w.bytes(self.inos[file]);
+        bytes.into_iter().filter(|place| *place != 0).map(|place| (place - 1) / CHUNK).collect()
+    }
+
+    /// What each chunk is to have and what those want that use it.
+    fn check_wishes(&self, exactly: bool) {
+        let noted: BTreeSet<u64> =
+            reviews(&self.w.kv, InodeNo(0), 99).unwrap().into_iter().map(|(ino, _)| ino.get()).collect();
+        let mut most: BTreeMap<u64, u32> = BTreeMap::new();
+        for file in 0..3 {
+            for chunk in self.chunks_of(file) {
+                let wanted = chunk_state(&self.w.kv, ChunkId(chunk)).unwrap().unwrap().wanted_replicas;
+                assert!(wanted >= self.wishes[file] || noted.contains(&self.inos[file]));
+                let most = most.entry(chunk).or_default();
+                *most = self.wishes[file].max(*most);
+            }
+        }
+        for (chunk, most) in most.iter().filter(|_| exactly) {
+            let state = chunk_state(&self.w.kv, ChunkId(*chunk)).unwrap().unwrap();
+            assert_eq!(state.wanted_replicas, *most, "{state:?}");
         }
     }
 
@@ -290,10 +359,17 @@ impl Files {
                 self.copy(from, from_offset, to, to_offset, len);
             }
             Step::NewChunk => self.writer = self.w.writer(),
-            Step::Seal => {
-                self.w.seal(self.writer.chunk.chunk);
-                self.writer = self.w.writer();
+            Step::Seal => self.seal(&[ChunkId(self.writer.chunk.chunk)]),
+            Step::Set(file, replicas) => self.set(file, replicas),
+            Step::Look => {
+                let noted = reviews(&self.w.kv, InodeNo(0), 99).unwrap();
+                self.pending = self.w.plan(&noted).wishes;
             }
+            Step::Tell => {
+                let wishes = std::mem::take(&mut self.pending);
+                self.w.system(system::Op::SetWishes(v1::SetWishes { wishes })).unwrap();
+            }
+            Step::Review => self.review(),
             Step::Compact(which) => self.compact(which),
             Step::Move(count) => self.relocate(count),
             Step::Forget => self.forget(),
@@ -305,12 +381,14 @@ impl Files {
                 self.w.reap_all();
                 self.inos[file] = fresh;
                 self.models[file].clear();
+                self.wishes[file] = 3;
             }
         }
     }
 
     fn check(&self) {
         self.w.check();
+        self.check_wishes(false);
         for (ino, model) in self.inos.iter().zip(&self.models) {
             let origin = |at: u64| self.moved.get(&at).copied().unwrap_or(at);
             let bytes: Vec<u64> = self.w.bytes(*ino).into_iter().map(origin).collect();
@@ -332,6 +410,16 @@ proptest! {
             files.check();
         }
         files.forget();
+        for file in 0..3 {
+            files.set(file, [1, 4, 2][file]);
+        }
+        // A round seals, one tells.
+        for _ in 0..3 {
+            files.review();
+            files.check();
+        }
+        prop_assert_eq!(reviews(&files.w.kv, InodeNo(0), 99).unwrap(), vec![]);
+        files.check_wishes(true);
         for name in ["a", "b", "c"] {
             files.w.unlink(&root(), ROOT, name, false).unwrap();
         }

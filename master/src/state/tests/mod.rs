@@ -6,6 +6,7 @@ mod mend;
 mod model;
 mod permissions;
 mod rules;
+mod wishes;
 
 use super::*;
 use dfs_proto::limits::{NAME_MAX, REAP_ROWS_MAX};

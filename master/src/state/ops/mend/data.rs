@@ -2,8 +2,8 @@
 
 use super::{Line, slice_at};
 use crate::state::keys;
-use crate::state::ops::State;
 use crate::state::ops::slices::{self, note_idle};
+use crate::state::ops::{State, wish};
 use crate::state::rows::{OpResult, decode, number};
 use dfs_proto::limits::REAP_ROWS_MAX;
 use dfs_proto::v1::chunk_state::Phase;
@@ -23,7 +23,10 @@ pub fn slice(s: &mut State<'_>, op: &v1::SlicePlace) -> OpResult<Line> {
     let mut extent: ExtentRow = s.tx.row(&key)?.unwrap_or_default();
     let first = extent.has_first && (extent.first_ino, extent.first_offset) == (ino.get(), at.get());
     match (first, s.tx.get(&user)?.is_some()) {
-        (false, false) => slices::add_user(s, &row, ino, at)?,
+        (false, false) => {
+            slices::add_user(s, &row, ino, at)?;
+            wish::moved(s, ChunkId(row.chunk))?;
+        }
         (true, true) => {
             s.tx.delete(user);
             extent.others = extent.others.saturating_sub(1);
@@ -139,6 +142,7 @@ pub fn chunk(s: &mut State<'_>, id: ChunkId) -> OpResult<Line> {
     chunk.chunk = id.get();
     // The cluster's counter is about extents, not about what chunks count.
     chunk.live = live(s, id)?;
+    wish::set_right(s, &mut chunk);
     let mut rows: Vec<Vec<u8>> = chunk.nodes.iter().map(|node| keys::replica(NodeId(*node), id)).collect();
     if chunk.phase() != Phase::Sealed {
         rows.push(keys::unsealed(SessionId(chunk.session), id));

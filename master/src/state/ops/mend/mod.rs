@@ -10,11 +10,11 @@ mod names;
 
 pub use names::touched;
 
-use super::State;
+use super::{State, wish};
 use crate::state::ended::second_of;
 use crate::state::keys::{self, KeyRange, tag};
 use crate::state::restored::Base;
-use crate::state::rows::{OpResult, decode, number, refused};
+use crate::state::rows::{Inode, OpResult, decode, number, refused};
 use dfs_proto::limits::MEND_FAULTS_MAX;
 use dfs_proto::v1::chunk_state::Phase;
 use dfs_proto::v1::{self, ErrorCode, fault::What, system_answer::Body};
@@ -45,6 +45,7 @@ pub fn mend(s: &mut State<'_>, op: &v1::Mend) -> OpResult<Body> {
             What::Nameless(op) => names::nameless(s, op)?,
             What::Counters(op) => counters(s, *op),
             What::Numbers(_) => numbers(s)?,
+            What::Wish(ino) => wish(s, InodeNo(*ino))?,
         });
     }
     s.cluster.mended += 1;
@@ -116,6 +117,11 @@ fn row(s: &mut State<'_>, key: &[u8]) -> OpResult<Line> {
             let stays = s.tx.find_inode(InodeNo(ino))?.is_some();
             (stays, format!("orphan {ino}, which does not exist, is forgotten"))
         }
+        Some(tag::REVIEW) => {
+            let ino = at(0)?;
+            let stays = s.tx.find_inode(InodeNo(ino))?.is_some_and(|inode| inode.is_file());
+            (stays, format!("inode {ino}, which is no file, is not noted for its replicas any more"))
+        }
         Some(tag::XATTR) => {
             let ino = InodeNo(at(0)?);
             let stays = s.tx.find_inode(ino)?.is_some() || is_evident(s, ino)?;
@@ -171,6 +177,16 @@ fn numbers(s: &mut State<'_>) -> OpResult<Line> {
     Ok(lifted.then(|| {
         format!("the next inode is {next_ino}, the next chunk {next_chunk}, the next session {next_session}")
     }))
+}
+
+/// Notes a file that wants more replicas than a chunk of it is to have: the leader tells the chunk.
+fn wish(s: &mut State<'_>, ino: InodeNo) -> OpResult<Line> {
+    let Some(inode) = s.tx.find_inode(ino)?.filter(Inode::is_file) else { return Ok(None) };
+    if wish::is_noted(s, ino)? || !wish::lacks(s, &inode)? {
+        return Ok(None);
+    }
+    wish::note(s, &inode);
+    Ok(Some(format!("inode {ino} is noted: chunks of it are to have as many replicas as it wants")))
 }
 
 /// Reads the slice of an inode at a place.

@@ -5,7 +5,7 @@ use crate::state::keys;
 use crate::state::kv::Tx;
 use crate::state::ops::create::GENERATION;
 use crate::state::ops::orphan::{self, Orphan};
-use crate::state::ops::{State, find_dentry};
+use crate::state::ops::{State, find_dentry, wish};
 use crate::state::restored::Base;
 use crate::state::rows::{Inode, OpResult};
 use bytes::Bytes;
@@ -105,6 +105,7 @@ pub fn missing(s: &mut State<'_>, op: &v1::MissingInode) -> OpResult<Line> {
     inode.attr.nlink = op.nlink;
     inode.attr.size = op.size;
     inode.set_mapped(ByteLen(op.mapped));
+    wish::note(s, &inode);
     s.tx.put_inode(&inode);
     s.cluster.files += 1;
     Ok(Some(format!("inode {ino} is made again; mode, owner and times are lost")))
@@ -215,7 +216,8 @@ pub fn touched(tx: &Tx<'_>, hash_key: Option<&[u8; 16]>, faults: &[v1::Fault]) -
             | What::Extent(_)
             | What::Chunk(_)
             | What::Counters(_)
-            | What::Numbers(_) => {}
+            | What::Numbers(_)
+            | What::Wish(_) => {}
         }
     }
     Ok(inos.into_iter().collect())
