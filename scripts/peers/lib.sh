@@ -73,6 +73,7 @@ signal_members() { # SIGNAL
 down() {
     local deadline=$((SECONDS + 30))
     ! is_mounted || umount "$MNT" 2>/dev/null || umount -l "$MNT" || true
+    before_end
     signal_members TERM
     until nobody_left || ((SECONDS >= deadline)); do sleep 0.2; done
     signal_members KILL
@@ -95,6 +96,7 @@ remount() {
 
 start_daemons() { :; }
 prove_copies() { :; }
+before_end() { :; }
 
 main() {
     local verb=${1:-}
