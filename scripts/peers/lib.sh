@@ -61,6 +61,8 @@ members() {
     done
 }
 
+holds() { [[ $(tr '\0' ' ' 2>/dev/null <"/proc/$(holder)/cmdline") == *"sleep infinity "* ]]; }
+
 nobody_left() { [[ ! $(members) ]]; }
 
 signal_members() { # SIGNAL
@@ -79,8 +81,10 @@ down() {
     signal_members KILL
     wait_for 10 "the end of its processes" nobody_left
     ! is_mounted || umount -l "$MNT" || true
-    if [[ $(cat "$DIR/namespace" 2>/dev/null) == "$(namespace "$(holder)")" ]]; then
+    if holds; then
         kill -KILL "$(holder)" 2>/dev/null || true
+    elif [[ -e $DIR/namespace ]]; then
+        fail "the keeper of its namespace is gone; daemons of $DIR may still run"
     fi
     rm -f "$DIR/holder" "$DIR/namespace"
 }
