@@ -89,9 +89,26 @@ down() {
     rm -f "$DIR/holder" "$DIR/namespace"
 }
 
+# Processes of our namespace that serve a FUSE mount.
+clients() {
+    local process
+    for process in $(members); do
+        [[ $(readlink "/proc/$process"/fd/* 2>/dev/null) != */dev/fuse* ]] || echo "$process"
+    done
+}
+
+ended() { # PID...
+    local process
+    for process in "$@"; do [[ ! -e /proc/$process/ns/net || ! $(namespace "$process") ]] || return 1; done
+}
+
+# The old client may end, and unmount, well after umount: the new one waits for that (ceph-fuse failed to mount now and then).
 remount() {
+    local old
+    mapfile -t old < <(clients)
     umount "$MNT"
     wait_for 60 "unmounting" not_mounted
+    wait_for 60 "the end of the old client" ended "${old[@]}"
     mount_it
     wait_for 60 "the mount" is_mounted
 }
