@@ -54,7 +54,7 @@ inside() { nsenter --net="/proc/$(holder)/ns/net" "$0" "$1" "$DIR" "$MNT"; }
 members() {
     local process ours
     ours=$(cat "$DIR/namespace" 2>/dev/null) || return 0
-    [[ $(namespace "$(holder)") == "$ours" && $ours != "$(namespace self)" ]] || return 0
+    [[ $(namespace "$(holder)") == "$ours" && $ours != "$(namespace 1)" ]] || return 0
     for process in /proc/[0-9]*; do
         process=${process#/proc/}
         [[ $process == "$(holder)" || $(namespace "$process") != "$ours" ]] || echo "$process"
