@@ -721,10 +721,10 @@ fn is_bare_commit(request: &Request) -> bool {
 /// of the old session, which are fenced: it fails as stale, and the data plane sends the bytes again.
 fn harmless_twice(request: &Request) -> bool {
     let Some(request::Op::Mutation(change)) = &request.op else { return true };
-    match &change.op {
-        Some(mutation::Op::Commit(_) | mutation::Op::AllocChunks(_) | mutation::Op::Touch(_)) => true,
-        _ => false,
-    }
+    matches!(
+        &change.op,
+        Some(mutation::Op::Commit(_) | mutation::Op::AllocChunks(_) | mutation::Op::Touch(_))
+    )
 }
 
 #[cfg(test)]

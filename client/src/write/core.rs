@@ -389,7 +389,6 @@ impl Core {
         let cred = attrs.as_ref().map_or_else(Cred::default, |attrs| attrs.cred.clone());
         inode.committing = Some(Committing { id, kill_priv: writer, records, attrs });
         inode.progress_at = inode.progress_at.max(now);
-        self.weather.commit_began(now);
         self.actions.push(Action::Commit { ino, id, cred, commit });
     }
 
