@@ -131,12 +131,13 @@ impl DataPlane {
         self.writer.flush(ino).await
     }
 
-    /// Starts to write an inode's bytes out. True: nothing suggests that they might not be stored, and nobody needs to wait.
+    /// Starts to write an inode's bytes out. True: nothing suggests that they might not be stored, and nobody needs to wait. `size`:
+    /// up to where the file is known to have no holes; None: it may have some.
     ///
     /// # Errors
     /// An earlier error of the inode, once.
-    pub fn leave(&self, ino: InodeNo) -> FsResult<bool> {
-        self.writer.leave(ino)
+    pub fn leave(&self, ino: InodeNo, size: Option<u64>) -> FsResult<bool> {
+        self.writer.leave(ino, size)
     }
 
     /// [`DataPlane::flush`] of every inode.

@@ -204,7 +204,10 @@ impl Inner {
             if dirty.end > attr.size {
                 // Roughly: a hole before the written bytes would be counted, but never more than fits in memory.
                 let grown = (dirty.end - attr.size).min(self.config.write_memory);
-                attr.blocks += grown.div_ceil(512);
+                let dense = attr.blocks.saturating_mul(512) >= attr.size;
+                attr.blocks =
+                    if dense { (attr.size + grown).div_ceil(512) } else { attr.blocks + grown.div_ceil(512) }
+                        .max(attr.blocks);
                 attr.size = dirty.end;
             }
             let mut changed = |seen: Timestamp| {

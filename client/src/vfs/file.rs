@@ -212,7 +212,7 @@ impl Client {
     }
 
     /// What close(2) does: an error of a write in the background is reported, and what was written is on its way. Waits until it is
-    /// durable unless it is little and everything goes well (`write/weather.rs`): then that takes some milliseconds more, and an error
+    /// durable unless it is little, the file has no holes, and everything goes well (`write/weather.rs`): then that takes some milliseconds more, and an error
     /// is for whoever writes or syncs the file next.
     ///
     /// # Errors
@@ -223,7 +223,9 @@ impl Client {
         }
         let inner = &self.inner;
         let may_leave = !inner.config.flush_on_close && inner.background.count() < LEFT_MAX;
-        if may_leave && inner.data.leave(file.ino)? {
+        let dense =
+            inner.cache.last_attr(file.ino).filter(|attr| attr.blocks.saturating_mul(512) >= attr.size);
+        if may_leave && inner.data.leave(file.ino, dense.map(|attr| attr.size))? {
             return Ok(());
         }
         self.fsync(file.ino).await

@@ -276,15 +276,18 @@ impl Core {
         Ok(Some(waiter))
     }
 
-    /// Asks for everything of an inode to be synced and committed. True: nobody needs to wait for it.
+    /// Asks for everything of an inode to be synced and committed. True: nobody needs to wait for it. `size`: up to where the file is
+    /// known to have no holes; None: it may have some.
     ///
     /// # Errors
     /// An earlier error of the inode, once.
-    pub fn leave(&mut self, ino: InodeNo, now: Duration) -> FsResult<bool> {
+    pub fn leave(&mut self, ino: InodeNo, size: Option<u64>, now: Duration) -> FsResult<bool> {
         if let Some(error) = self.take_error(ino) {
             return Err(error);
         }
-        let left = self.may_be_left(ino, now);
+        // How much of a sparse file is allocated only the master knows, and programs ask for that.
+        let dense = |inode: &Inode| size.is_some_and(|size| !inode.extents.has_gap_beyond(size));
+        let left = self.inodes.get(&ino).is_none_or(dense) && self.may_be_left(ino, now);
         if left {
             self.push(ino, true, now);
             self.dispatch(now);

@@ -328,9 +328,9 @@ impl Writer {
     }
 
     /// Starts to sync and commit everything of an inode. True: nobody needs to wait for it.
-    pub(crate) fn leave(&self, ino: InodeNo) -> FsResult<bool> {
+    pub(crate) fn leave(&self, ino: InodeNo, size: Option<u64>) -> FsResult<bool> {
         let mut state = self.lock();
-        let left = state.core.leave(ino, self.now());
+        let left = state.core.leave(ino, size, self.now());
         self.act(&mut state);
         self.work.notify_one();
         left

@@ -85,6 +85,19 @@ impl Extents {
         self.pieces.last_key_value().map(|(start, piece)| start + piece.len() as u64)
     }
 
+    /// Whether dirty bytes beyond `size` leave out any between there and the last of them.
+    #[must_use]
+    pub fn has_gap_beyond(&self, size: u64) -> bool {
+        let Some(end) = self.end().filter(|end| *end > size) else { return false };
+        let first = self
+            .pieces
+            .range(..size)
+            .next_back()
+            .map_or(0, |(start, piece)| (start + piece.len() as u64).saturating_sub(size));
+        let bytes = first + self.pieces.range(size..).map(|(_, piece)| piece.len() as u64).sum::<u64>();
+        bytes < end - size
+    }
+
     /// Writes over whatever is there.
     pub fn write(&mut self, mut offset: u64, mut data: &[u8], now: Duration) {
         if !data.is_empty() {

@@ -44,6 +44,8 @@ struct World {
     next_write: u8,
     /// What the daemons say that they take besides.
     room: u64,
+    /// Up to where files have no holes.
+    dense: Option<u64>,
 }
 
 fn settings(memory: u64) -> Settings {
@@ -77,6 +79,7 @@ impl World {
             refuse: false,
             next_write: 0,
             room: ROOMY_BYTES,
+            dense: Some(0),
         }
     }
 
@@ -168,7 +171,7 @@ impl World {
 
     /// A program closes a file. True: it does not wait.
     fn leave(&mut self, ino: u64) -> bool {
-        let left = match self.core.leave(InodeNo(ino), self.now) {
+        let left = match self.core.leave(InodeNo(ino), self.dense, self.now) {
             Ok(left) => left,
             Err(error) => {
                 self.lost.push(error);
@@ -523,6 +526,15 @@ fn a_close_waits_for_what_might_not_be_stored_and_for_nothing_else() {
     assert!(world.core.used() == 0 && world.leave(1), "nothing is left to do");
 
     assert!(!written(&mut world, 5 << 20), "there is much of it");
+    world.flush(1);
+    world.store();
+    world.dense = None;
+    assert!(!written(&mut world, 100), "it may have holes");
+    world.dense = Some(0);
+    world.write(1, 200, 10);
+    assert!(!world.leave(1), "it has one now");
+    world.dense = Some(200);
+    assert!(world.leave(1), "it was as long before");
     world.flush(1);
     world.store();
     world.room = ROOMY_BYTES - 1;
