@@ -27,7 +27,7 @@ use tracing_subscriber::fmt::{format::Writer, time::FormatTime};
 use workload::Violation;
 
 /// How many seeds run when nothing is said.
-const SEEDS: u64 = 120;
+const SEEDS: u64 = 200;
 /// In so many every fault happens.
 const MANY: u64 = 50;
 const HISTORIES: u64 = 100;
