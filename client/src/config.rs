@@ -46,7 +46,7 @@ impl Default for ClientConfig {
             connect_timeout: Duration::from_secs(10),
             append_progress: Duration::from_millis(limits::APPEND_PROGRESS_MS),
             noatime: false,
-            flush_on_close: false,
+            flush_on_close: true,
         }
     }
 }

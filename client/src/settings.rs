@@ -188,7 +188,7 @@ mod tests {
     fn every_key_is_read() {
         let config = parsed(
             "masters = ['a:1', '[::1]:2']\nname = 'n'\nhost = 'h'\ncluster = 'c'\nwrite_memory = '64MiB'\n\
-             read_cache = '1GiB'\nreadahead = '1MiB'\noperation_timeout_s = 0\nconnect_timeout_s = 3\nnoatime = true\nflush_on_close = true",
+             read_cache = '1GiB'\nreadahead = '1MiB'\noperation_timeout_s = 0\nconnect_timeout_s = 3\nnoatime = true\nflush_on_close = false",
         )
         .expect("good settings");
         assert_eq!(config.masters, ["a:1", "[::1]:2"]);
@@ -196,7 +196,7 @@ mod tests {
         assert_eq!((config.operation_timeout, config.connect_timeout), (None, Duration::from_secs(3)));
         assert!(
             config.noatime
-                && config.flush_on_close
+                && !config.flush_on_close
                 && config.name == "n"
                 && config.host == "h"
                 && config.cluster_id == "c"

@@ -17,7 +17,8 @@ Options of -o (separated by commas):
   config=FILE              settings to use instead of /etc/dfs/client.toml
   allow_other              other users may enter (always so when root mounts; noallow_other: not)
   noatime, relatime        leave access times alone; keep them as relatime does (default)
-  flush_on_close           a close waits until what was written is durable, also of small files while all goes well
+  flush_on_close           a close waits until what was written is durable (default; noflush_on_close: not for small files while
+                           all goes well, which is not ready for daily use)
   write_memory=SIZE        memory for bytes that are not written yet (256MiB)
   read_cache=SIZE          memory for bytes that were read (256MiB)
   soft, timeout=SECONDS    an operation that the cluster does not answer fails after so long: EIO or ETIMEDOUT (soft, 60)
