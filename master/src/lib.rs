@@ -1,8 +1,8 @@
 //! The master: namespace, permissions, chunk map and placement, replicated by Raft.
 //!
 //! `state/` says what a command does, purely. `raft/` orders commands and keeps them. `leases/`, `placement.rs`, `repair.rs`,
-//! `compact.rs`, `review.rs` and `seal.rs` decide what the leader keeps in memory or does in the background, purely too. `server/` connects them with
-//! clients and chunk daemons.
+//! `compact.rs`, `review.rs` and `seal.rs` decide what the leader keeps in memory or does in the background, purely too. `server/`
+//! connects them with clients and chunk daemons.
 
 pub mod compact;
 pub mod config;

@@ -6,7 +6,7 @@ if [[ -z ${DFS_OWN_NETNS:-} ]]; then
     DFS_OWN_NETNS=1 exec unshare --net -- "${BASH_SOURCE[0]}"
 fi
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-command -v nft >/dev/null || fail "nft is missing (package nftables)"
+need nft "package nftables"
 SECOND=$WORK/second
 mkdir "$SECOND"
 at_end() { umount -l "$SECOND" 2>/dev/null || true; }

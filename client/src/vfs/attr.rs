@@ -204,10 +204,11 @@ impl Inner {
             if dirty.end > attr.size {
                 // Roughly: a hole before the written bytes would be counted, but never more than fits in memory.
                 let grown = (dirty.end - attr.size).min(self.config.write_memory);
-                let dense = attr.blocks.saturating_mul(512) >= attr.size;
-                attr.blocks =
-                    if dense { (attr.size + grown).div_ceil(512) } else { attr.blocks + grown.div_ceil(512) }
-                        .max(attr.blocks);
+                attr.blocks = if is_dense(&attr) {
+                    attr.blocks.max((attr.size + grown).div_ceil(512))
+                } else {
+                    attr.blocks + grown.div_ceil(512)
+                };
                 attr.size = dirty.end;
             }
             let mut changed = |seen: Timestamp| {
@@ -280,6 +281,11 @@ impl Inner {
             None => self.ask_attr(ino, 0).await,
         }
     }
+}
+
+/// Whether every byte of a file is allocated, as far as its blocks tell.
+pub(super) fn is_dense(attr: &Attr) -> bool {
+    attr.blocks.saturating_mul(512) >= attr.size
 }
 
 /// A size that a file may not have.

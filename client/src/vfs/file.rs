@@ -1,6 +1,6 @@
 //! open, read, write, append, flush, fsync, release.
 
-use super::attr::check_end;
+use super::attr::{check_end, is_dense};
 use super::files::Remains;
 use super::{Client, Inner, OpenFile, OpenFlags, Privileges, attr_of, own_cred, unexpected};
 use crate::data::Under;
@@ -212,8 +212,8 @@ impl Client {
     }
 
     /// What close(2) does: an error of a write in the background is reported, and what was written is on its way. Waits until it is
-    /// durable unless it is little, the file has no holes, and everything goes well (`write/weather.rs`): then that takes some milliseconds more, and an error
-    /// is for whoever writes or syncs the file next.
+    /// durable unless it is little, the file has no holes, and everything goes well (`write/weather.rs`): then that takes some
+    /// milliseconds more, and an error is for whoever writes or syncs the file next.
     ///
     /// # Errors
     /// As [`Client::write`].
@@ -222,11 +222,11 @@ impl Client {
             return Ok(());
         }
         let inner = &self.inner;
-        let may_leave = !inner.config.flush_on_close && inner.background.count() < LEFT_MAX;
-        let dense =
-            inner.cache.last_attr(file.ino).filter(|attr| attr.blocks.saturating_mul(512) >= attr.size);
-        if may_leave && inner.data.leave(file.ino, dense.map(|attr| attr.size))? {
-            return Ok(());
+        if !inner.config.flush_on_close && inner.background.count() < LEFT_MAX {
+            let dense = inner.cache.last_attr(file.ino).filter(is_dense);
+            if inner.data.leave(file.ino, dense.map(|attr| attr.size))? {
+                return Ok(());
+            }
         }
         self.fsync(file.ino).await
     }

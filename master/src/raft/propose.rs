@@ -168,7 +168,6 @@ impl Batcher {
         for proposal in std::mem::take(waiting) {
             let command = &proposal.command;
             let mutates = matches!(command.body, Some(v1::command::Body::Mutation(_)));
-            // Only an entry of the log gives the answer that is recorded.
             let sessions =
                 command.earlier.iter().map(|before| before.session).chain([command.session]).map(SessionId);
             let answered = mutates && is_answered(&*self.kv, sessions, command.seq).unwrap_or(true);

@@ -35,7 +35,7 @@ pub fn known(state: &State<'_>, earlier: &[v1::EarlierSession], seq: u64) -> io:
             continue;
         }
         let row: Option<v1::EndedRow> = state.tx.row(&keys::ended(session))?;
-        match row.filter(|row| row.nonce == before.nonce && row.lowest_unanswered <= seq) {
+        match row.filter(|row| tells(row, before, seq)) {
             Some(_) => {
                 if let Some(answer) = state.tx.row(&keys::answer(session, seq))? {
                     return Ok(Known::Answered(Box::new(answer)));
@@ -45,6 +45,12 @@ pub fn known(state: &State<'_>, earlier: &[v1::EarlierSession], seq: u64) -> io:
         }
     }
     Ok(known)
+}
+
+/// Whether what is kept of an ended session says what became of one of its changes.
+#[must_use]
+pub fn tells(row: &v1::EndedRow, before: &v1::EarlierSession, seq: u64) -> bool {
+    row.nonce == before.nonce && row.lowest_unanswered <= seq
 }
 
 /// A session ends, and its answers stay.

@@ -1,6 +1,7 @@
 //! Direct looks at the state, for the server: the cluster's settings, sessions, nodes, chunks and orphans. Long tables are
 //! read in pages: pass the last number of a page to get the next one, 0 to begin.
 
+use super::ended::tells;
 use super::keys::{self, tag};
 use super::kv::{Kv, Tx};
 use super::rows::{corrupt, decode, number};
@@ -32,8 +33,7 @@ pub fn is_undecided(kv: &dyn Kv, command: &v1::Command) -> io::Result<bool> {
     for before in &command.earlier {
         let session = SessionId(before.session);
         let ended: Option<v1::EndedRow> = tx.row(&keys::ended(session))?;
-        let tells = |row: v1::EndedRow| row.nonce == before.nonce && row.lowest_unanswered <= command.seq;
-        if tx.find_session(session)?.is_some() || !ended.is_some_and(tells) {
+        if tx.find_session(session)?.is_some() || !ended.is_some_and(|row| tells(&row, before, command.seq)) {
             return Ok(true);
         }
     }

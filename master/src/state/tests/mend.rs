@@ -53,15 +53,7 @@ fn sample() -> Sample {
     w.commit(copy, vec![slice(200, sealed, 100, 50)]).unwrap();
     let op = v1::CopyRange { from: file, from_offset: 20, to: copy, length: 60, ..Default::default() };
     w.mutate(&root(), mutation::Op::CopyRange(op)).unwrap();
-    let op = v1::Fallocate {
-        ino: file,
-        offset: 40,
-        length: 10,
-        punch_hole: true,
-        keep_size: true,
-        ..Default::default()
-    };
-    w.mutate(&root(), mutation::Op::Fallocate(op)).unwrap();
+    w.punch(file, 40, 10);
     w.commit(gone, vec![slice(0, idle, 0, 30)]).unwrap();
     w.commit(link_target(&w, dir), vec![slice(0, open, 0, 70)]).unwrap();
     w.seal(sealed);

@@ -156,6 +156,13 @@ impl World {
         self.mutate(cred, mutation::Op::SetAttr(op)).map(attr_of)
     }
 
+    /// Root makes a hole in a file.
+    fn punch(&self, ino: u64, offset: u64, length: u64) {
+        let op =
+            v1::Fallocate { ino, offset, length, punch_hole: true, keep_size: true, ..Default::default() };
+        self.mutate(&root(), mutation::Op::Fallocate(op)).unwrap();
+    }
+
     fn chmod(&self, cred: &Cred, ino: u64, mode: u32) -> FsResult<Attr> {
         self.set_attr(cred, v1::SetAttr { ino, mode: Some(mode), ..Default::default() })
     }

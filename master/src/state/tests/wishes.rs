@@ -209,15 +209,7 @@ fn nothing_is_lowered_behind_the_back_of_who_joins() {
     // A slice that is cut in two is another user.
     w.set(late, 1);
     let wishes = plan(a);
-    let op = v1::Fallocate {
-        ino: a,
-        offset: 40,
-        length: 10,
-        punch_hole: true,
-        keep_size: true,
-        ..Default::default()
-    };
-    w.mutate(&root(), mutation::Op::Fallocate(op)).unwrap();
+    w.punch(a, 40, 10);
     assert_eq!((w.tell(wishes).unwrap(), w.wanted(chunk)), (vec![chunk], 3));
     w.review();
     assert_eq!((w.wanted(chunk), w.noted()), (1, vec![]));
